@@ -17,8 +17,10 @@ mixing: L = E + K exp(-t p) (Ye et al. 2024, arXiv 2403.16952). multilingual: L 
     p^-gamma (He et al. 2024, arXiv 2410.12883). log-linear and constant: what a form must beat.
 
 All but the constant have terms of the schedule, which are linear: ln of the last phase's peak (and
-its square, with three peaks or more); optionally the peak of the first phase, the reset and the
-end of the learning rate, as far as the sweep varies them independently.
+its square, with three peaks or more); optionally its products with ln N and with ln of the last
+phase's tokens, since the best peak depends on both (Li et al. 2025, arXiv 2503.04715), and besides
+these the peak of the first phase, the reset and the end of the learning rate; all as far as the
+sweep varies them independently.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -36,6 +38,7 @@ Core = Literal[
     "constant", "log-linear", "mixing", "multilingual", "power", "repetition", "overfitting"
 ]
 Sign = Literal["positive", "free"]
+Schedule = Literal["none", "main", "peaks", "all"]  # each has the terms of those before it
 TOKEN_CORES: tuple[Core, ...] = ("power", "repetition", "overfitting")
 FIXED_ALPHA = 0.34  # of Hoffmann et al. 2022, for sweeps with two model sizes
 SIZE_UNIT, TOKEN_UNIT = 1e6, 1e4  # so that coefficients are about 1
@@ -69,33 +72,45 @@ class Column(NamedTuple):
     values: Vector
 
 
+class Centers(NamedTuple):
+    """See `Scope`."""
+
+    peak: float
+    size: float
+    tokens: float
+
+
 @dataclass(frozen=True)
 class Scope:
     """Which terms a sweep can identify.
 
     Attributes:
         sizes: number of different model sizes.
-        center: mean of ln(peak of the last phase), subtracted from it.
-        schedule: names of the schedule's terms, the main ones first; main_terms: how many these
-            are.
+        centers: means of the logarithms of the last phase's peak, of the size and of the last
+            phase's tokens, which are subtracted from them.
+        schedule: names of the schedule's terms.
         repeats: whether the task's text is repeated in some setting.
     """
 
     sizes: int
-    center: float
+    centers: Centers
     schedule: tuple[str, ...]
-    main_terms: int
     repeats: bool
+
+    def terms(self, schedule: Schedule) -> tuple[str, ...]:
+        """Return the names of the terms that forms with this schedule have."""
+        known = {"none": (), "main": MAIN, "peaks": (*MAIN, *PRODUCTS)}.get(schedule, self.schedule)
+        return tuple(name for name in self.schedule if name in known)
 
 
 @dataclass(frozen=True)
 class Form:
-    """One form. schedule: whether it has all terms of the schedule, or the main ones alone."""
+    """One form. schedule: which terms of the schedule it has."""
 
     core: Core
     order: bool
     transfer: bool
-    schedule: Literal["none", "main", "all"]
+    schedule: Schedule
     scope: Scope
 
     @property
@@ -103,7 +118,7 @@ class Form:
         """The form's name in tables."""
         parts = [self.core, *(["order"] if self.order else [])]
         parts += ["transfer"] if self.transfer else []
-        parts += ["schedule"] if self.schedule == "all" else []
+        parts += {"peaks": ["peaks"], "all": ["schedule"]}.get(self.schedule, [])
         return " + ".join(parts)
 
     def contains(self, other: Form) -> bool:
@@ -113,7 +128,7 @@ class Form:
             and self != other
             and self.order >= other.order
             and self.transfer >= other.transfer
-            and (self.schedule == other.schedule or self.schedule == "all")
+            and LEVELS.index(self.schedule) >= LEVELS.index(other.schedule)
         )
 
     @property
@@ -178,23 +193,24 @@ class Form:
         return effective
 
     def _schedule(self, table: SettingTable) -> list[Column]:
-        if self.schedule == "none":
-            return []
-        names = self.scope.schedule
-        taken = names if self.schedule == "all" else names[: self.scope.main_terms]
-        terms = schedule_terms(table, self.scope.center)
+        taken = self.scope.terms(self.schedule)
+        terms = schedule_terms(table, self.scope.centers) if taken else {}
         return [Column(name, "free", terms[name]) for name in taken]
 
 
 MAIN = ("ln peak", "ln peak squared")
+PRODUCTS = ("ln peak x ln N", "ln peak x ln tokens")
+LEVELS = get_args(Schedule)
 
 
-def schedule_terms(table: SettingTable, center: float) -> dict[str, Vector]:
+def schedule_terms(table: SettingTable, centers: Centers) -> dict[str, Vector]:
     """Return the values of every term of the schedule."""
-    last = np.log(table.last_peak) - center
+    last = np.log(table.last_peak) - centers.peak
     return {
         "ln peak": last,
         "ln peak squared": last**2,
+        "ln peak x ln N": last * (np.log(table.parameters) - centers.size),
+        "ln peak x ln tokens": last * (np.log(table.last_tokens) - centers.tokens),
         "ln first peak": np.log(table.first_peak / table.last_peak),
         "reset": table.resets,
         "end": table.last_end,
@@ -206,10 +222,11 @@ def scope_of(table: SettingTable) -> Scope:
 
     A term of the schedule is taken if its values are no linear combination of those before it.
     """
-    center = float(np.mean(np.log(table.last_peak)))
+    logarithms = (np.log(n) for n in (table.last_peak, table.parameters, table.last_tokens))
+    centers = Centers(*(float(np.mean(each)) for each in logarithms))
     taken: list[str] = []
     basis = [np.ones(len(table.tokens))]
-    for name, values in schedule_terms(table, center).items():
+    for name, values in schedule_terms(table, centers).items():
         if name == "ln peak squared" and len(np.unique(np.round(np.log(table.last_peak), 9))) < 3:
             continue
         stacked = np.stack(basis, axis=1)
@@ -218,9 +235,8 @@ def scope_of(table: SettingTable) -> Scope:
             taken.append(name)
             basis.append(values)
     sizes = len(np.unique(table.parameters))
-    main_terms = sum(name in MAIN for name in taken)
     repeats = bool(np.any(table.repeated > 0))
-    return Scope(sizes, center, tuple(taken), main_terms, repeats)
+    return Scope(sizes, centers, tuple(taken), repeats)
 
 
 def forms_of(scope: Scope) -> list[Form]:
@@ -231,10 +247,10 @@ def forms_of(scope: Scope) -> list[Form]:
         richer = core in TOKEN_CORES
         kinds = [(False, False), (True, False), (True, True)] if richer else [(False, False)]
         found += [Form(core, order, transfer, "main", scope) for order, transfer in kinds]
-    if len(scope.schedule) > scope.main_terms:
-        found += [
-            Form(form.core, form.order, form.transfer, "all", scope)
-            for form in found
-            if form.core != "constant"
-        ]
+    levels: list[Schedule] = ["peaks", "all"]
+    of_main = [form for form in found if form.core != "constant"]
+    for i, level in enumerate(levels):
+        before: Schedule = "main" if i == 0 else "peaks"
+        if scope.terms(level) != scope.terms(before):
+            found += [Form(form.core, form.order, form.transfer, level, scope) for form in of_main]
     return found

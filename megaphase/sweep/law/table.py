@@ -81,6 +81,13 @@ class SettingTable:
         return total
 
     @cached_property
+    def last_tokens(self) -> Vector:
+        """Tokens of all tasks in the last phase."""
+        # Phases that are padding begin at 0.
+        last: Vector = (1 - self.starts.max(axis=1)) * (self.tokens + self.others)
+        return last
+
+    @cached_property
     def repeated(self) -> Vector:
         """Epochs beyond the first."""
         repeated: Vector = np.maximum(self.tokens / self.unique - 1, 0.0)

@@ -1,6 +1,7 @@
 """Laws: one that is known is found again, none is found where there is none."""
 
 import math
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -30,7 +31,7 @@ def test_a_known_law_is_found_with_its_parameters():
              "recency": HI["recency"], "kappa": HI["kappa"], "ln peak": HI["peak"]}  # fmt: skip
     for name, value in truth.items():
         if name == "E":  # the logarithm of the peak is centred differently
-            value += HI["peak"] * (law.fit.form.scope.center - math.log(0.002))
+            value += HI["peak"] * (law.fit.form.scope.centers.peak - math.log(0.002))
         # 8 intervals of 95 % at once: 1.5 times each
         assert abs(values[name] - value) <= 1.5 * widths[name], name
 
@@ -58,6 +59,27 @@ def test_noise_and_errors_are_those_of_the_generator():
     assert law.chosen.error < law.tolerance
     constant = next(each for each in law.tried if each.form.core == "constant")
     assert constant.error > 10 * law.chosen.error
+
+
+def test_a_best_peak_that_depends_on_size_and_length_is_found():
+    """ln of the best peak falls with ln N and rises with ln of the last phase's tokens."""
+    curvature, by_size, by_length = 0.06, -0.5, 0.3
+    rows = []
+    for each in lawful_rows(models=(MODEL, SMALL), steps=(500, 1000)):
+        last = sum(each.phases[-1].tokens.values())
+        best = by_size * math.log(each.parameters / 1e6) + by_length * math.log(last / 1e6)
+        peak = math.log(each.phases[-1].peak / 0.002)
+        extra = curvature * peak * (peak - 2 * best)  # the square without that of the best
+        rows.append(replace(each, losses={task: n + extra for task, n in each.losses.items()}))
+    (law,) = fit_laws(rows, ["en"])
+    assert law.fits
+    assert law.chosen.form.schedule == "peaks"
+    values = dict(zip(law.fit.parameter_names, law.fit.values, strict=True))
+    widths = dict(zip(law.fit.parameter_names, law.half_widths(), strict=True))
+    for name, slope in (("ln peak x ln N", by_size), ("ln peak x ln tokens", by_length)):
+        assert abs(values[name] + 2 * curvature * slope) <= 1.5 * widths[name], name
+    plain = [each for each in law.tried if each.form.schedule == "main"]
+    assert min(each.error for each in plain) > 1.5 * law.chosen.error
 
 
 def test_no_law_fits_losses_without_one():
