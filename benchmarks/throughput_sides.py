@@ -45,6 +45,7 @@ class Settings:
     precision: str
     device: str
     checkpointing: str
+    layers: int | None = None  # instead of the preset's
 
     def run_config(self, kernels: str = "eager", **parallel: Any) -> RunConfig:
         """Return the run configuration; parallel: keys of that section, with ZeRO 0 by default."""
@@ -52,6 +53,8 @@ class Settings:
         model["activation_checkpointing"] = self.checkpointing
         if self.kv_heads:
             model["kv_heads"] = self.kv_heads
+        if self.layers:
+            model["layers"] = self.layers
         phase = {
             "name": "only",
             "steps": 1,

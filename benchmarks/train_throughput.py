@@ -376,7 +376,8 @@ def main() -> int:
             problem = f"{asked.micro} on {data} data-parallel ranks do not divide {asked.batch}"
             raise InputError("--micro", problem, "change --micro or --batch")
     device = choose_device(asked.device)
-    names = [field.name for field in dataclasses.fields(Settings) if field.name != "device"]
+    names = [each.name for each in dataclasses.fields(Settings) if hasattr(asked, each.name)]
+    names.remove("device")
     settings = Settings(**{name: getattr(asked, name) for name in names}, device=device)
     parameters, difference = in_own_process(check_same_model, settings)
     before = in_own_process(machine_of, settings)
