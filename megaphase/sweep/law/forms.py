@@ -13,6 +13,8 @@ order: the effective tokens are multiplied by the mean of exp(-recency (1 - x)) 
     tokens, x their place in the run, so that early tokens count less (or more).
 transfer: tau times the tokens of all other tasks are added (an exchange factor as in ATLAS,
     Longpre et al. 2025, arXiv 2510.22037).
+efficiency: the effective tokens are multiplied by a power of N, since larger models reach a loss
+    with fewer of them (Kaplan et al. 2020, arXiv 2001.08361).
 mixing: L = E + K exp(-t p) (Ye et al. 2024, arXiv 2403.16952). multilingual: L = (E + A/N^alpha)
     p^-gamma (He et al. 2024, arXiv 2410.12883). log-linear and constant: what a form must beat.
 
@@ -26,7 +28,7 @@ sweep varies them independently.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple, get_args
 
@@ -61,6 +63,7 @@ RATE_OF_MIXING = Bounded("t", 0.1, 1000.0, (3.0, 30.0), log=True)
 REPEATS = Bounded("repeats", 0.1, 200.0, (4.0, 15.0), log=True)
 KAPPA = Bounded("kappa", 0.3, 2.5, (1.0,))
 RECENCY = Bounded("recency", -10.0, 40.0, (0.5, 4.0))
+EFFICIENCY = Bounded("efficiency", 0.0, 3.0, (0.5, 1.5))
 TAU = Bounded("tau", 1e-6, 1.0, (3e-3, 0.05), log=True)
 
 
@@ -110,6 +113,7 @@ class Form:
     core: Core
     order: bool
     transfer: bool
+    efficiency: bool
     schedule: Schedule
     scope: Scope
 
@@ -118,6 +122,7 @@ class Form:
         """The form's name in tables."""
         parts = [self.core, *(["order"] if self.order else [])]
         parts += ["transfer"] if self.transfer else []
+        parts += ["efficiency"] if self.efficiency else []
         parts += {"peaks": ["peaks"], "all": ["schedule"]}.get(self.schedule, [])
         return " + ".join(parts)
 
@@ -128,6 +133,7 @@ class Form:
             and self != other
             and self.order >= other.order
             and self.transfer >= other.transfer
+            and self.efficiency >= other.efficiency
             and LEVELS.index(self.schedule) >= LEVELS.index(other.schedule)
         )
 
@@ -148,7 +154,8 @@ class Form:
                "repetition": REPEATS, "overfitting": KAPPA}  # fmt: skip
         found += [own[self.core]] if self.core in own else []
         found += [RECENCY] if self.order else []
-        return found + ([TAU] if self.transfer else [])
+        found += [TAU] if self.transfer else []
+        return found + ([EFFICIENCY] if self.efficiency else [])
 
     def columns(self, table: SettingTable, at: Sequence[float]) -> list[Column]:
         """Return the columns of the coefficients; at: the nonlinear parameters' values."""
@@ -187,6 +194,8 @@ class Form:
             tokens = np.where(tokens > table.unique, worth, tokens)
         if self.order:
             tokens = tokens * table.order(values["recency"])
+        if self.efficiency:
+            tokens = tokens * (table.parameters / SIZE_UNIT) ** values["efficiency"]
         if self.transfer:
             tokens = tokens + values["tau"] * table.others
         effective: Vector = np.maximum(tokens, 1e-6)
@@ -241,16 +250,17 @@ def scope_of(table: SettingTable) -> Scope:
 
 def forms_of(scope: Scope) -> list[Form]:
     """Return the forms that are tried, the simplest first."""
-    found = [Form("constant", False, False, "none", scope)]
+    found = [Form("constant", False, False, False, "none", scope)]
     of_tokens = TOKEN_CORES if scope.repeats else TOKEN_CORES[:1]
     for core in ("log-linear", "mixing", "multilingual", *of_tokens):
         richer = core in TOKEN_CORES
         kinds = [(False, False), (True, False), (True, True)] if richer else [(False, False)]
-        found += [Form(core, order, transfer, "main", scope) for order, transfer in kinds]
+        for efficiency in [False, True] if richer and scope.sizes > 1 else [False]:
+            found += [Form(core, *kind, efficiency, "main", scope) for kind in kinds]
     levels: list[Schedule] = ["peaks", "all"]
     of_main = [form for form in found if form.core != "constant"]
     for i, level in enumerate(levels):
         before: Schedule = "main" if i == 0 else "peaks"
         if scope.terms(level) != scope.terms(before):
-            found += [Form(form.core, form.order, form.transfer, level, scope) for form in of_main]
+            found += [replace(form, schedule=level) for form in of_main]
     return found
