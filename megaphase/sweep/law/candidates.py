@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Literal, NamedTuple
 
@@ -82,17 +82,17 @@ class Recipe:
         ):
             yield Candidate(self, share, rate, first or last, last)
 
-    def around(self, candidate: Candidate) -> Recipe:
-        """Return the same form with ranges around a candidate of this grid."""
-        return Recipe(
-            self.kind,
-            self.template,
-            self.share.around(candidate.share, SHARES, log=False),
-            self.rate.around(candidate.rate, RATES),
-            self.first_peak.around(candidate.first_peak, FIRST_PEAKS),
-            self.last_peak.around(candidate.last_peak, PEAKS),
-            self.one_peak,
+    def around(self, candidate: Candidate) -> Iterator[Candidate]:
+        """Yield candidates between the neighbours of one of the grid."""
+        between = replace(
+            self,
+            share=self.share.around(candidate.share, SHARES, log=False),
+            rate=self.rate.around(candidate.rate, RATES),
+            first_peak=self.first_peak.around(candidate.first_peak, FIRST_PEAKS),
+            last_peak=self.last_peak.around(candidate.last_peak, PEAKS),
         )
+        for each in between.grid():
+            yield replace(each, recipe=self)
 
 
 @dataclass(frozen=True)

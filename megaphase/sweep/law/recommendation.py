@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from megaphase.sweep.law.big_run import BigRun
-from megaphase.sweep.law.candidates import Candidate, recipes_of
+from megaphase.sweep.law.candidates import Candidate, Recipe, recipes_of
 from megaphase.sweep.law.law import TaskLaw
 from megaphase.sweep.law.proxies import Proxy, best_proxies
 from megaphase.sweep.law.rows import LawRow
@@ -113,8 +113,16 @@ def recommend(law: SweepLaw, big: BigRun, target: Target, tokenizer: str) -> Rec
     ):
         raise InputError(WHERE, "the sweep has no static recipe", "write within X, of best")
 
-    def scored(candidates: Sequence[Candidate]) -> _Scored:
-        rows = [each.big_row(law.rows, big) for each in candidates]
+    most_epochs = {
+        task: max(1.0, *(row.epochs(task) for row in law.rows.rows)) for task in law.rows.tasks
+    }
+
+    def scored(candidates: Iterable[Candidate]) -> _Scored:
+        known = [(each, each.big_row(law.rows, big)) for each in candidates]
+        known = [(each, row) for each, row in known if _repeats_at_most(row, most_epochs)]
+        candidates, rows = [each for each, _ in known], [row for _, row in known]
+        if not rows:
+            return _Scored([], dict.fromkeys(target.members, np.empty(0)))
         by_task = {
             task: laws[task].fit.predict(SettingTable.of(rows, task))
             for task in {task for members in target.members.values() for task in members}
@@ -125,9 +133,11 @@ def recommend(law: SweepLaw, big: BigRun, target: Target, tokenizer: str) -> Rec
         }
         return _Scored(candidates, losses)
 
-    every = scored([each for recipe in recipes for each in recipe.grid()])
+    every = scored(each for recipe in recipes for each in recipe.grid())
+    if not every.candidates:
+        raise RunError(_too_often(most_epochs, recipes, law, big))
     first = every.candidates[_best(every, target)]
-    every = every.joined(scored([*first.recipe.around(first).grid()]))
+    every = every.joined(scored(first.recipe.around(first)))
     chosen = every.candidates[_best(every, target)]
     row = chosen.big_row(law.rows, big)
     fitting = [each for each in law.laws if each.fits]
@@ -143,6 +153,26 @@ def recommend(law: SweepLaw, big: BigRun, target: Target, tokenizer: str) -> Rec
         reach=reach_of(law, row),
         proxies=best_proxies([laws[task] for task in sorted(named)], law.rows, row),
         tokenizer=tokenizer,
+    )
+
+
+def _repeats_at_most(row: LawRow, epochs: Mapping[str, float]) -> bool:
+    """Return whether no text is repeated more often: no sweep tells what that does."""
+    return all(row.epochs(task) <= most * (1 + 1e-9) for task, most in epochs.items())
+
+
+def _too_often(
+    most: Mapping[str, float], recipes: Sequence[Recipe], law: SweepLaw, big: BigRun
+) -> str:
+    """Say that every recipe repeats some text more often than the sweep has tried."""
+    rows = [each.big_row(law.rows, big) for recipe in recipes for each in recipe.grid()]
+    least = {task: min(row.epochs(task) for row in rows) for task in most}
+    task = max(most, key=lambda each: least[each] / most[each])
+    return (
+        f"nothing is recommended: with the sweep's lowest rate {big.path} would see the text of "
+        f"{task} {least[task]:,.3g} times, and no law tells what more than the "
+        f"{most[task]:,.3g} times of the sweep do; add a sweep with less text "
+        f"(settings: tasks.{task}.subsample), or with lower rates"
     )
 
 

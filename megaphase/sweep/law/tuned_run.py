@@ -124,8 +124,9 @@ def lines_of(found: Recommendation) -> list[str]:
         f"(tried: {_percent(recipe.rate)})",
         f"  peak of the last phase: {candidate.last_peak:.3g} "
         f"(tried: {recipe.last_peak.low:g} to {recipe.last_peak.high:g})",
-        "Searched: the recipes of the sweep, within the ranges that it has tried. Where a value is",
-        "at an end of its range, a better one may lie beyond it.",
+        "Searched: the recipes of the sweep, within the ranges that it has tried, that repeat no",
+        "text more often than it. Where a value is at an end of its range, a better one may lie",
+        "beyond it.",
         "",
         "Predicted validation losses in nats per token, with 95 % intervals (parameters, errors of",
         "left-out settings, forms that are about as good), and those of the best static recipe:",

@@ -19,7 +19,7 @@ from megaphase.sweep.law.recommendation import recommend
 from megaphase.sweep.law.rows import LawRows
 from megaphase.sweep.law.sweep_law import SweepLaw
 from megaphase.sweep.law.target import Limit, parse_target
-from megaphase.sweep.law.tuned_run import write_tuned_run
+from megaphase.sweep.law.tuned_run import lines_of, write_tuned_run
 from megaphase.utils.errors import InputError, RunError
 
 BIG = {
@@ -250,3 +250,17 @@ def test_wrong_targets(text, words):
     with pytest.raises(InputError, match="--target") as caught:
         target(text)
     assert words in str(caught.value)
+
+
+def test_no_text_is_repeated_more_often_than_the_sweep_has_tried(tmp_path):
+    most = max(row.epochs("hi") for row in law().rows.rows)
+    big = big_run(tmp_path, steps=16_000, epoch_tokens=["en=6_400_000", "hi=20000"])
+    rows = [each.big_row(law().rows, big) for each in grid(big)]
+    assert max(row.epochs("hi") for row in rows) > 4 * most
+    found = recommend(law(), big, target("{hi: min}"), "tok")
+    assert found.row.epochs("hi") <= most * (1 + 1e-9)
+    ranges = {"static": "tried: 1 to 8 %", "two-phase": "tried: 5 to 40 %"}
+    assert any(ranges[found.candidate.recipe.kind] in line for line in lines_of(found))
+    less = big_run(tmp_path, steps=16_000, epoch_tokens=["en=6_400_000", "hi=1000"])
+    with pytest.raises(RunError, match=r"text of hi \d+ times.*tasks\.hi\.subsample"):
+        recommend(law(), less, target("{hi: min}"), "tok")
