@@ -93,17 +93,18 @@ def _training(run: RunRecord) -> Iterator[Row]:
     """Whole numbers are those of the last of the row's steps, others means of finite values."""
     rows = run.training
     lasts, counts, stretch = _stretches(run, np.arange(len(rows)))
-    columns = [
-        [rows.phases[i] for i in rows.phase[lasts]]
-        if name == "phase"
-        else column[lasts].tolist()
-        if (column := getattr(rows, name)).dtype == np.int64
-        else _means(column, stretch, len(lasts)).tolist()
-        for name in TRAINING_COLUMNS
-    ]
-    without_mfu = np.isnan(rows.mfu).all()
-    for *row, mfu, count in zip(*columns, counts.tolist(), strict=True):
-        yield [*row, "" if without_mfu else mfu, count]
+
+    def column(name: str) -> list[Any]:
+        values: np.ndarray = getattr(rows, name)
+        if name == "phase":
+            return [rows.phases[i] for i in values[lasts]]
+        if values.dtype == np.int64:
+            return list(values[lasts].tolist())
+        if name == "mfu" and np.isnan(values).all():
+            return [""] * len(lasts)
+        return list(_means(values, stretch, len(lasts)).tolist())
+
+    return zip(*map(column, TRAINING_COLUMNS), counts.tolist(), strict=True)
 
 
 def _training_by_task(run: RunRecord) -> Iterator[Row]:
