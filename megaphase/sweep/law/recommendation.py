@@ -194,12 +194,18 @@ def _check_laws(law: SweepLaw, laws: dict[str, TaskLaw], big: BigRun, target: Ta
         )
     budgets = [row.total_tokens for row in law.rows.rows]
     budget = big.steps * big.step_tokens
+    one, other = max(budgets) <= min(budgets) * SAME, f"{big.path} has {budget:,} tokens"
+    if one and not max(budgets) / SAME <= budget <= min(budgets) * SAME:
+        raise RunError(
+            f"the sweep has one budget, {max(budgets):,.0f} tokens, from which no law tells what "
+            f"more tokens do, and {other}; add a sweep with another budget"
+        )
     for task in dict.fromkeys(named):
         of_tokens = laws[task].chosen.form.depends_on_tokens or laws[task].is_constant
         if not of_tokens and not min(budgets) / SAME <= budget <= max(budgets) * SAME:
             raise RunError(
                 f"the law of {task} ({laws[task].chosen.form.name}) holds for the sweep's budget "
-                f"alone, and {big.path} has {budget:,} tokens; add a sweep with another budget"
+                f"alone, and {other}; add a sweep with another budget"
             )
 
 

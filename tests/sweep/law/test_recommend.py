@@ -264,3 +264,18 @@ def test_no_text_is_repeated_more_often_than_the_sweep_has_tried(tmp_path):
     less = big_run(tmp_path, steps=16_000, epoch_tokens=["en=6_400_000", "hi=1000"])
     with pytest.raises(RunError, match=r"text of hi \d+ times.*tasks\.hi\.subsample"):
         recommend(law(), less, target("{hi: min}"), "tok")
+
+
+def test_a_law_of_rates_holds_for_the_budgets_of_the_sweep_alone(tmp_path):
+    laws = []
+    for each in law().laws:
+        of_rates = next(tried for tried in each.tried if tried.form.core == "mixing")
+        laws.append(replace(each, chosen=of_rates, means=replace(each.means, noise=10.0)))
+    with pytest.raises(RunError, match="holds for the sweep's budget alone"):
+        recommend(replace(law(), laws=laws), big_run(tmp_path), target("{hi: min}"), "tok")
+
+
+def test_one_budget_tells_nothing_of_another(tmp_path):
+    one = SweepLaw.of_rows(rows_of(lawful_rows(models=(MODEL, SMALL))))
+    with pytest.raises(RunError, match=r"one budget, 1,280,000 tokens.*add a sweep with another"):
+        recommend(one, big_run(tmp_path), target("{hi: min}"), "tok")

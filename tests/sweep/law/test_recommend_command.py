@@ -118,7 +118,7 @@ def test_what_is_wrong_is_one_line(sweep, tmp_path):
     longer = ["--steps", "90", "--target", "{high: min}"]
     ended = run(sweep, *options, *longer, *tokens, cwd=tmp_path)
     assert ended.returncode == 1
-    assert "holds for the sweep's budget alone" in ended.stderr
+    assert "the sweep has one budget" in ended.stderr
     ended = run(sweep, *options, "--target", "{hi: min}", cwd=tmp_path)
     assert ended.returncode == 2
     assert "--epoch-tokens en=N" in ended.stderr
