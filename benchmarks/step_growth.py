@@ -77,15 +77,19 @@ def growths(steps: int) -> dict[str, list[tuple[int, float]]]:
 
 def draw(found: dict[str, list[tuple[int, float]]], path: Path) -> None:
     from matplotlib import pyplot
+    from matplotlib.ticker import ScalarFormatter
 
     figure, panels = pyplot.subplots(1, 3, figsize=(9.6, 3.2), layout="constrained")
     for axes, what in zip(panels, ("layers", "seq_len", "processes"), strict=True):
-        for line, points in found.items():
-            if line.startswith(what):
-                label = line.partition(", ")[2]
-                axes.plot(*zip(*points, strict=True), marker="o", label=label or None)
+        drawn = {line: points for line, points in found.items() if line.startswith(what)}
+        times = [milliseconds for points in drawn.values() for _, milliseconds in points]
+        axes.set_ylim(min(times) / 2, max(times) * 2)
+        for line, points in drawn.items():
+            label = line.partition(", ")[2]
+            axes.plot(*zip(*points, strict=True), marker="o", label=label or None)
         axes.set_xscale("log", base=2)
-        axes.set_ylim(bottom=0)
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.set_xlabel(what)
         axes.set_ylabel("ms a step")
         axes.grid(alpha=0.3)
