@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import matplotlib
+from matplotlib.axes import Axes
 
 # Sweeps are written by the helper of the tests.
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
@@ -124,18 +125,27 @@ def report(folder: Path, out: Path) -> tuple[float, float, int]:
     return seconds, memory, (out / "index.html").stat().st_size
 
 
+def arms_of(runs: int) -> dict[str, dict[str, list[float]]]:
+    """Return the arms of a sweep of about so many runs, with two peaks and two seeds."""
+    count = max(1, (runs - 4) // 8)
+    rates = [round(0.01 + 0.9 * i / count, 4) for i in range(count)]
+    return {"static": {"rates": rates}, "two-phase": {"rates": rates, "pretrain": [0.8]}}
+
+
 def write_sweep_of(folder: Path, runs: int) -> int:
     """Write the directory of a finished sweep of about so many runs; return their number."""
-    rates = max(1, (runs - 4) // 8)
-    arms = {
-        "static": {"rates": [round(0.01 + 0.9 * i / rates, 4) for i in range(rates)]},
-        "two-phase": {
-            "rates": [round(0.01 + 0.9 * i / rates, 4) for i in range(rates)],
-            "pretrain": [0.8],
-        },
-    }
-    write_sweep(folder, arms, seeds=[1, 2], test=True)
+    write_sweep(folder, arms_of(runs), seeds=[1, 2], test=True)
     return sum(1 for _ in (folder / "runs").iterdir())
+
+
+def draw(axes: Axes, points: list[tuple[int, float]], size: str, cost: str) -> None:
+    """Draw a cost over a size."""
+    axes.plot(*zip(*points, strict=True), marker="o")
+    axes.set_xscale("log")
+    axes.set_ylim(0, 1.25 * max(each for _, each in points))
+    axes.set_xlabel(size)
+    axes.set_ylabel(cost)
+    axes.grid(alpha=0.3)
 
 
 def main() -> int:
@@ -165,12 +175,7 @@ def main() -> int:
 
     figure, all_axes = pyplot.subplots(1, 2, figsize=(7.6, 3.2), layout="constrained")
     for axes, (what, points) in zip(all_axes, found.items(), strict=True):
-        axes.plot(*zip(*points, strict=True), marker="o")
-        axes.set_xscale("log")
-        axes.set_ylim(0, 1.25 * max(seconds for _, seconds in points))
-        axes.set_xlabel(what)
-        axes.set_ylabel("seconds of megaphase report")
-        axes.grid(alpha=0.3)
+        draw(axes, points, what, "seconds of megaphase report")
     figure.savefig(options.plot, dpi=120)
     return 0
 

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
+from report_growth import arms_of, draw
 from rich.console import Console
 
 # Runs are written by the helper of the tests.
@@ -49,12 +50,7 @@ class EndedRun:
 
 def measure(folder: Path, runs: int) -> tuple[int, float]:
     """Return the number of runs of a sweep of about so many, and its processor seconds."""
-    rates = [round(0.01 + 0.9 * i / max(1, (runs - 4) // 8), 4) for i in range((runs - 4) // 8)]
-    arms = {
-        "static": {"rates": rates or [0.1]},
-        "two-phase": {"rates": rates or [0.1], "pretrain": [0.8]},
-    }
-    sweep, directory = sweep_of(folder, arms, seeds=[1, 2]), SweepDirectory(folder)
+    sweep, directory = sweep_of(folder, arms_of(runs), seeds=[1, 2]), SweepDirectory(folder)
     folder.mkdir()
     directory.prepare(sweep)
     trials = {trial.name: trial for trial in known_trials(sweep, {})}
@@ -93,12 +89,7 @@ def main() -> int:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(4.2, 3.2), layout="constrained")
-    axes.plot(*zip(*found, strict=True), marker="o")
-    axes.set_xscale("log")
-    axes.set_ylim(0, 1.25 * max(each for _, each in found))
-    axes.set_xlabel("runs of a sweep")
-    axes.set_ylabel("processor time of the sweep, ms a run")
-    axes.grid(alpha=0.3)
+    draw(axes, found, "runs of a sweep", "processor time of the sweep, ms a run")
     figure.savefig(options.plot, dpi=120)
     return 0
 

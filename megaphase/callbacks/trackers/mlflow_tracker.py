@@ -83,10 +83,8 @@ class MLflowTracker(Tracker):
         self._config, self._tracked = config, run
         self._events: dict[str, str] = {}
         self._named = Names()
-        self._tried: tuple[Position | None, int] = (
-            None,
-            0,
-        )  # position being sent; ms of its first try
+        # The position that is being sent, and the time of its first try in ms.
+        self._tried: tuple[Position | None, int] = None, 0
         # First, so that each has always the same name, whichever comes first in a start.
         for name in (*run.settings.get("tasks", {}), *_phases(run.settings)):
             self._named(name)

@@ -152,8 +152,7 @@ def fit_form(
     def solve(x: Sequence[float]) -> tuple[list[Column], Vector, Vector]:
         at = [_unscaled(each, value) for each, value in zip(unknown, x, strict=True)]
         columns = form.columns(table, at)
-        coefficients, residuals = _coefficients(columns, losses, weights)
-        return columns, coefficients, residuals
+        return columns, *_coefficients(columns, losses, weights)
 
     best: tuple[float, ...] = ()
     if unknown:

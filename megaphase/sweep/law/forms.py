@@ -30,6 +30,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -209,7 +210,7 @@ class Form:
 
 MAIN = ("ln peak", "ln peak squared")
 PRODUCTS = ("ln peak x ln N", "ln peak x ln tokens")
-LEVELS = get_args(Schedule)
+LEVELS: tuple[Schedule, ...] = get_args(Schedule)
 
 
 def schedule_terms(table: SettingTable, centers: Centers) -> dict[str, Vector]:
@@ -257,10 +258,8 @@ def forms_of(scope: Scope) -> list[Form]:
         kinds = [(False, False), (True, False), (True, True)] if richer else [(False, False)]
         for efficiency in [False, True] if richer and scope.sizes > 1 else [False]:
             found += [Form(core, *kind, efficiency, "main", scope) for kind in kinds]
-    levels: list[Schedule] = ["peaks", "all"]
     of_main = [form for form in found if form.core != "constant"]
-    for i, level in enumerate(levels):
-        before: Schedule = "main" if i == 0 else "peaks"
+    for before, level in pairwise(LEVELS[LEVELS.index("main") :]):
         if scope.terms(level) != scope.terms(before):
             found += [replace(form, schedule=level) for form in of_main]
     return found

@@ -194,8 +194,8 @@ def _check_laws(law: SweepLaw, laws: dict[str, TaskLaw], big: BigRun, target: Ta
         )
     budgets = [row.total_tokens for row in law.rows.rows]
     budget = big.steps * big.step_tokens
-    one, other = max(budgets) <= min(budgets) * SAME, f"{big.path} has {budget:,} tokens"
-    if one and not max(budgets) / SAME <= budget <= min(budgets) * SAME:
+    has_one, other = max(budgets) <= min(budgets) * SAME, f"{big.path} has {budget:,} tokens"
+    if has_one and not max(budgets) / SAME <= budget <= min(budgets) * SAME:
         raise RunError(
             f"the sweep has one budget, {max(budgets):,.0f} tokens, from which no law tells what "
             f"more tokens do, and {other}; add a sweep with another budget"
