@@ -1,4 +1,4 @@
-"""Adds bf16 gradients to their fp32 sums without a copy in fp32."""
+"""Spares copies of gradients that DeepSpeed makes without need."""
 
 from __future__ import annotations
 
@@ -31,3 +31,11 @@ def sum_without_copies(zero: Any) -> None:
             parameter.grad.zero_()
 
     zero._update_hp_grad = add
+
+
+def reduce_nothing(engine: Any) -> None:
+    """Let DeepSpeed's engine of ZeRO 0 leave the gradients as they are, for one data-parallel rank.
+
+    It would copy all of them into one buffer, sum that over the single rank, and copy them back.
+    """
+    engine.allreduce_no_retain = lambda *_, **__: None

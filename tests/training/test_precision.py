@@ -108,3 +108,27 @@ def train_immediately_or_later() -> list[list[float]]:
 def test_adding_gradients_at_once_changes_no_loss() -> None:
     [(immediately, later, cast)] = run_ranks(train_immediately_or_later, 1)
     assert immediately == later == cast
+
+
+def train_with_and_without_reduction() -> list[tuple[Tensor, list[float]]]:
+    """Run on a rank: weights and losses of fp32 and bf16 without the reduction of gradients that a
+    single data-parallel rank does not need, and with it."""
+    found, reduce_nothing = [], engine_module.reduce_nothing
+    with process_group():
+        for precision in ("fp32", "bf16"):
+            for reduction in (reduce_nothing, lambda _: None):
+                engine_module.reduce_nothing = reduction
+                engine = build_engine(run_config(zero=0, precision=precision, micro=2))
+                batches = map(global_batch, range(STEPS))
+                losses = [engine.train_step(batch, 1e-2).losses.mean for batch in batches]
+                weights = torch.cat([each.flatten() for each in engine.module.parameters()])
+                found.append((weights.detach(), losses))
+    return found
+
+
+@pytest.mark.distributed
+def test_one_data_parallel_rank_needs_no_reduction() -> None:
+    [found] = run_ranks(train_with_and_without_reduction, 1)
+    for without, with_ in zip(found[::2], found[1::2], strict=True):
+        assert torch.equal(without[0], with_[0])
+        assert without[1] == with_[1]
