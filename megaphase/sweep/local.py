@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Protocol
 
 from megaphase.sweep.directory import SweepDirectory
 from megaphase.sweep.display import SweepDisplay
+from megaphase.sweep.fork_server import ForkServer
 from megaphase.sweep.measurements import measurements, read_outcome
 from megaphase.sweep.outcome import Outcome
 from megaphase.sweep.planning.pruning import PendingRun, sweep_state
@@ -28,7 +29,7 @@ from megaphase.sweep.trial_run import (
     outcome_if_ended,
     train_arguments,
 )
-from megaphase.sweep.trials import Trial
+from megaphase.sweep.trials import Trial, all_trials
 from megaphase.utils.errors import (
     EXIT_FAILED,
     EXIT_REQUEUE,
@@ -94,6 +95,18 @@ def start_command(command: Sequence[str], log: Path, environment: Mapping[str, s
             env=environment,
             start_new_session=True,  # only this process handles Ctrl-C
         )
+
+
+@contextlib.contextmanager
+def starter(sweep: Sweep, machine: Machine) -> Iterator[Start]:
+    """Provide the quickest way to start the runs of a sweep on this machine."""
+    if machine.gpus or machine.processes > 1:
+        yield start_command
+        return
+    parts = [trial.run.get("parts") or {} for trial in all_trials(sweep)]
+    compiled = any(each.get("kernels") == "compile" for each in parts)
+    with ForkServer(compiled=compiled) as server:
+        yield server.start
 
 
 @dataclass

@@ -9,7 +9,7 @@ from rich.console import Console
 from megaphase.launch.slurm.job_file import refuse_second_job
 from megaphase.sweep.directory import SweepDirectory
 from megaphase.sweep.display import SweepDisplay
-from megaphase.sweep.local import Machine, run_locally
+from megaphase.sweep.local import Machine, run_locally, starter
 from megaphase.sweep.outcome import Outcome
 from megaphase.sweep.planning.estimate import (
     TimeSource,
@@ -51,8 +51,11 @@ def sweep(path: Path, *, jobs: int, processes: int, retry: bool, console: Consol
         soft_wrap=True,
     )
     say_warnings(found, console)
-    with SweepDisplay(console, found, total, ended) as display:
-        outcomes = run_locally(found, directory, machine, display)
+    with (
+        SweepDisplay(console, found, total, ended) as display,
+        starter(found, machine) as start,
+    ):
+        outcomes = run_locally(found, directory, machine, display, start)
     refuse_failures(found, directory, outcomes)
     return directory.path
 

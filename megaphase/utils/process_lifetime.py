@@ -13,9 +13,10 @@ _VARIABLE = "MEGAPHASE_PARENT"
 _PR_SET_PDEATHSIG = 1
 
 
-def ends_with_this_process() -> dict[str, str]:
-    """Return environment variables for a `megaphase` command that must not outlive this process."""
-    return {_VARIABLE: str(os.getpid())}
+def ends_with_this_process(pid: int | None = None) -> dict[str, str]:
+    """Return environment variables for a `megaphase` command that must not outlive this process,
+    or that with this pid, which is its parent."""
+    return {_VARIABLE: str(os.getpid() if pid is None else pid)}
 
 
 def end_with_parent() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +72,15 @@ def invented(trial: Trial, best: float) -> Outcome:
     """Losses that are lowest for the peak `best`."""
     loss = 3.0 + abs(trial.peak - best)
     return Outcome(step=1, losses=dict.fromkeys([*HIGH, *LOW], loss))
+
+
+def running(directory: SweepDirectory) -> set[str]:
+    """Return the runs of this sweep to whose logs a process writes."""
+    logs = directory.log("").parent
+    found = set()
+    for each in Path("/proc").glob("[0-9]*/fd/1"):
+        with suppress(OSError):
+            output = each.readlink()
+            if output.parent == logs:
+                found.add(output.stem)
+    return found

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from data_support import LIMIT_SECONDS, wait_until
 from run_support import HIGH, LOW, make_corpora, megaphase, read_rows
-from sweep_run_support import STEPS, invented, run_warm, settings, warm_start, write
+from sweep_run_support import STEPS, invented, run_warm, running, settings, warm_start, write
 
 from megaphase.config.load import load_run_file
 from megaphase.sweep.directory import SweepDirectory
@@ -219,7 +219,7 @@ def test_killed_at_once_with_its_runs_it_goes_on(corpora: Path, tmp_path: Path) 
         time.sleep(0.02)
     process.kill()
     process.wait()
-    wait_until(lambda: not running(first))
+    wait_until(lambda: first.name not in running(SweepDirectory(killed / "out")))
     run_warm(path)
     found = [
         {name: outcome.losses for name, outcome in SweepDirectory(f / "out").outcomes().items()}
@@ -227,17 +227,6 @@ def test_killed_at_once_with_its_runs_it_goes_on(corpora: Path, tmp_path: Path) 
     ]
     assert found[0] == found[1]
     assert len(found[0]) == 2
-
-
-def running(run: Path) -> bool:
-    """Return whether a process has this run's file among its arguments."""
-    for each in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if f"{run.name}.yaml".encode() in each.read_bytes():
-                return int(each.parent.name) != os.getpid()
-        except OSError:
-            continue
-    return False
 
 
 @pytest.mark.slow

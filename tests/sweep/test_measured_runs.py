@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 from data_support import wait_until
 from run_support import HIGH, LOW, make_corpora, megaphase
-from sweep_run_support import STEPS, run_warm, settings, write
+from sweep_run_support import STEPS, run_warm, running, settings, write
 from typer.testing import CliRunner
 from warm_commands import run_well
 
@@ -26,7 +25,8 @@ from megaphase.sweep.measurements import EVALUATION, is_measured, measurements
 from megaphase.sweep.outcome import Outcome
 from megaphase.sweep.start import open_sweep, refuse_failures
 from megaphase.sweep.sweep import load_sweep
-from megaphase.sweep.trials import known_trials
+from megaphase.sweep.trial_run import has_ended
+from megaphase.sweep.trials import all_trials, known_trials
 from megaphase.utils.errors import InputError
 
 TEST, TRAINING = {"fraction": 0.25, "samples": 7}, {"samples": 5}
@@ -114,11 +114,12 @@ def test_killed_while_it_measures_it_ends_with_the_same_outcomes(
     process = subprocess.Popen(
         megaphase("sweep", path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    while not (evaluated := running_evaluations(directory)):
+    sweep = load_sweep(path)
+    while not (evaluated := running_evaluations(sweep, directory)):
         assert process.poll() is None
     process.kill()
     process.wait()
-    wait_until(lambda: not running_evaluations(directory))
+    wait_until(lambda: not running_evaluations(sweep, directory))
     (name,) = evaluated
     assert (directory.run(name) / "checkpoints").is_dir()
     assert name not in directory.outcomes()
@@ -131,18 +132,11 @@ def test_killed_while_it_measures_it_ends_with_the_same_outcomes(
     assert left == {"pretrain-0.6-p0.01-s11"}
 
 
-def running_evaluations(directory: SweepDirectory) -> set[str]:
-    """Return the runs of this sweep that a process evaluates."""
-    found = set()
-    for each in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = each.read_bytes().decode(errors="replace").split("\0")
-        except OSError:
-            continue
-        if "evaluate" in words and int(each.parent.name) != os.getpid():
-            files = [Path(word) for word in words if word.startswith(str(directory.path))]
-            found |= {file.stem for file in files}
-    return found
+def running_evaluations(sweep: Any, directory: SweepDirectory) -> set[str]:
+    """Return the runs that have been trained, to whose logs a process still writes."""
+    trials = all_trials(sweep)
+    ended = {trial.name for trial in trials if trial.is_final and has_ended(directory, trial)}
+    return running(directory) & ended
 
 
 def test_measurements_that_are_missing_are_made_up_for(undisturbed: SweepDirectory) -> None:

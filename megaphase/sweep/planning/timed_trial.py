@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from megaphase.sweep.directory import SweepDirectory
-from megaphase.sweep.local import Machine, start_command
+from megaphase.sweep.local import Machine, Process, Start, starter
 from megaphase.sweep.measurements import TRANSLATION, Measurement, measurements
 from megaphase.sweep.planning.work import Costs, shape_of
 from megaphase.sweep.sweep import Sweep
@@ -41,17 +41,23 @@ def timed_costs(sweep: Sweep, trials: Sequence[Trial], machine: Machine) -> dict
         RunError: a trial has failed.
     """
     found: dict[str, Costs] = {}
-    for trial in sorted(trials, key=lambda trial: not trial.is_final):
-        shape = shape_of(trial)
-        if shape not in found:
-            with TemporaryDirectory(prefix="megaphase-trial-") as folder:
-                found[shape] = _timed(sweep, trial, machine, Path(folder))
+    with TemporaryDirectory(prefix="megaphase-trial-") as folder, starter(sweep, machine) as start:
+        # What only the first command of a sweep waits for is not to be counted for each.
+        start(["--version"], Path(folder, "log"), machine.environment(0)).wait()
+        for trial in sorted(trials, key=lambda trial: not trial.is_final):
+            shape = shape_of(trial)
+            if shape not in found:
+                own = Path(folder, str(len(found)))
+                own.mkdir()
+                found[shape] = _timed(sweep, trial, machine, own, start)
     return found
 
 
-def _timed(sweep: Sweep, trial: Trial, machine: Machine, folder: Path) -> Costs:
-    copies = [_Copy(sweep, trial, machine, folder / str(slot), slot) for slot in
-              range(machine.jobs)]  # fmt: skip
+def _timed(sweep: Sweep, trial: Trial, machine: Machine, folder: Path, start: Start) -> Costs:
+    copies = [
+        _Copy(sweep, trial, machine.environment(slot), folder / str(slot), start, machine.processes)
+        for slot in range(machine.jobs)
+    ]
     _wait_for(copies, "train")
     steps = [copy.step_seconds for copy in copies]
     validations = [copy.validation_seconds for copy in copies]
@@ -95,26 +101,34 @@ class _Moments:
 class _Copy:
     """One of the runs that are timed at the same time."""
 
+    process: Process
+
     def __init__(
-        self, sweep: Sweep, trial: Trial, machine: Machine, folder: Path, slot: int
+        self,
+        sweep: Sweep,
+        trial: Trial,
+        environment: Mapping[str, str],
+        folder: Path,
+        start: Start,
+        processes: int,
     ) -> None:
         folder.mkdir()
         self.trial, self.log = trial, folder / "log"
         self._sweep, self._folder = sweep, folder
-        self._environment = machine.environment(slot)
+        self._start, self._environment = start, environment
         self._run_file = folder / "run.yaml"
         run = trial_run(trial.run, folder / "run")
         self._run_file.write_text(yaml.safe_dump(run, sort_keys=False))
         self._samples = 0 if sweep.config.translation is None else sweep.config.translation.samples
         directory = SweepDirectory(folder)
         without_source = _without_source(trial)
-        arguments = train_arguments(directory, without_source, self._run_file, machine.processes)
+        arguments = train_arguments(directory, without_source, self._run_file, processes)
         self.moments = _Moments()
-        self._start(arguments)
+        self._begin(arguments)
 
-    def _start(self, arguments: Sequence[str]) -> None:
+    def _begin(self, arguments: Sequence[str]) -> None:
         self._began = time.monotonic()
-        self.process = start_command(arguments, self.log, self._environment)
+        self.process = self._start(arguments, self.log, self._environment)
 
     def kill(self) -> None:
         """Kill the command and the processes that it has started, if it has not ended."""
@@ -132,7 +146,7 @@ class _Copy:
             sweep = sweep.model_copy(update={"config": config})
         result = self._folder / f"{measurement.name}.json"
         self.moments = _Moments()
-        self._start(measurement.arguments(sweep, trial, self._run_file, result))
+        self._begin(measurement.arguments(sweep, trial, self._run_file, result))
 
     def has_ended(self) -> bool:
         """Return whether the command has ended; notes what it has reached since the last call."""

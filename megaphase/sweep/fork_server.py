@@ -1,0 +1,198 @@
+"""Starts `megaphase` commands as forks of a process that has imported torch and DeepSpeed already.
+
+Imports are most of a small run's start, and a sweep starts two commands a run. Each fork is a
+process of its own, with its own session, log and environment, and ends like any other.
+
+Only for machines without a GPU: CUDA does not survive a fork, and DeepSpeed looks for it when it is
+imported.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from megaphase.__main__ import SIGNALS
+from megaphase.utils.errors import RunError
+from megaphase.utils.files import os_errors_named
+from megaphase.utils.process_lifetime import end_with_parent, ends_with_this_process
+from megaphase.utils.set_aside import make_way_for_file
+
+POLL_SECONDS = 0.01
+_MODULES = ("megaphase.cli", "megaphase.training.trainer", "megaphase.training.evaluate")
+_COMPILER_MODULES = ("torch._dynamo", "torch._inductor.compile_fx")
+
+
+class ForkServer:
+    """The process that is forked, which starts with the first command; its end ends all forks.
+
+    start: see `megaphase.sweep.local.Start`.
+    """
+
+    def __init__(self, *, compiled: bool) -> None:
+        """compiled: whether commands use kernels compiled by torch, whose compiler is imported,
+        too."""
+        self._compiled = compiled
+        self._server: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> ForkServer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._end()
+
+    def start(self, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Fork:
+        """Start a command, with its output appended to the log.
+
+        Raises:
+            RunError: the log cannot be written, or the server has ended before the command began.
+        """
+        with os_errors_named(log):
+            make_way_for_file(log, "a log")
+            log.open("ab").close()
+        if self._server is None or self._server.poll() is not None:
+            self._start_server(environment)
+        pid = self.ask({"command": list(command), "log": str(log), "env": dict(environment)})
+        if pid is None:
+            self._end()
+            raise RunError("the process that starts the runs has ended; the cause is above")
+        return Fork(self, pid)
+
+    def _start_server(self, environment: Mapping[str, str]) -> None:
+        self._end()
+        self._socket, other_end = socket.socketpair()
+        self._answers = self._socket.makefile("r")
+        arguments = [str(other_end.fileno()), *(["compiled"] if self._compiled else [])]
+        with other_end:
+            self._server = subprocess.Popen(
+                [sys.executable, "-m", "megaphase.sweep.fork_server", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                env={**environment, **ends_with_this_process()},
+                pass_fds=[other_end.fileno()],
+                start_new_session=True,
+            )
+
+    def ask(self, request: Mapping[str, Any]) -> int | None:
+        """Return the server's answer; None, too, if it has ended."""
+        try:
+            self._socket.sendall(json.dumps(request).encode() + b"\n")
+            line = self._answers.readline()
+        except OSError:
+            return None
+        return json.loads(line) if line else None
+
+    @property
+    def pid(self) -> int | None:
+        """The server's process, if it runs."""
+        ended = self._server is None or self._server.poll() is not None
+        return None if ended or self._server is None else self._server.pid
+
+    def _end(self) -> None:
+        if self._server is None:
+            return
+        self._answers.close()
+        self._socket.close()
+        self._server.kill()
+        self._server.wait()
+        self._server = None
+
+
+class Fork:
+    """A running command; see `megaphase.sweep.local.Process`."""
+
+    def __init__(self, server: ForkServer, pid: int) -> None:
+        self._server, self._server_pid = server, server.pid
+        self.pid = pid
+        self._code: int | None = None
+
+    def poll(self) -> int | None:
+        """Return the exit code (negative: the signal), or None while it runs."""
+        if self._code is None:
+            self._code = self._server.ask({"poll": self.pid})
+            # The forks of a server that has ended were killed with it.
+            if self._code is None and self._server.pid != self._server_pid:
+                self._code = -signal.SIGKILL
+        return self._code
+
+    def wait(self) -> int:
+        """Wait for the end; returns the exit code."""
+        while (code := self.poll()) is None:
+            time.sleep(POLL_SECONDS)
+        return code
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal; do nothing if the command has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+def _serve(connection: socket.socket) -> bool:
+    """Answer requests until the other end is closed, and return False; in every fork, return True
+    where the command is to begin."""
+    server = os.getpid()
+    requests = connection.makefile("r")
+    for line in requests:
+        request = json.loads(line)
+        if "poll" in request:
+            pid, status = os.waitpid(request["poll"], os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if pid else None
+        elif (answer := os.fork()) == 0:
+            connection.close()
+            requests.close()
+            _become(request, server)
+            return True
+        connection.sendall(json.dumps(answer).encode() + b"\n")
+    return False
+
+
+def _become(request: Mapping[str, Any], server: int) -> None:
+    """Make this fork what a new process for the command would be."""
+    os.setsid()
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    os.environ.clear()
+    os.environ.update({**request["env"], **ends_with_this_process(server)})
+    sys.argv = ["megaphase", *request["command"]]
+
+
+def main() -> None:
+    """Import, then fork for each request on the socket whose descriptor is the first argument."""
+    # Nothing but the end of the sweep ends the server. A fork unblocks them when it handles them,
+    # and what arrives before then is not lost.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    end_with_parent()
+    descriptor, *compiled = sys.argv[1:]
+    connection = socket.socket(fileno=int(descriptor))
+    environment = dict(os.environ)
+    for module in (*_MODULES, *(_COMPILER_MODULES if compiled else ())):
+        importlib.import_module(module)
+    importlib.import_module("megaphase.training.deepspeed_import").import_deepspeed()
+    os.environ.clear()  # the imports have set some, as the command's own imports will
+    os.environ.update(environment)
+    gc.collect()
+    gc.freeze()  # or every fork would look through, and so copy, all objects of these modules
+    if _serve(connection):
+        importlib.import_module("megaphase.__main__").main()
+
+
+if __name__ == "__main__":
+    main()
