@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,11 +43,16 @@ STREAM = _builder.Stream
 
 
 def prepare(folder: Path, tokens: int, seq_len: int, steps: int) -> Path:
-    """Write corpora with Zipf sizes, a run file that uses them, and the index of both sides."""
+    """Write corpora with Zipf sizes, and a run file that uses them."""
     sizes = 1 / np.arange(1, TASKS + 1)
-    sizes = (sizes / sizes.sum() * tokens / MEAN_DOCUMENT).astype(int)
-    names = [f"task{number}" for number in range(TASKS)]
-    for seed, (name, size) in enumerate(zip(names, sizes, strict=True)):
+    return prepare_tasks(folder, tokens * sizes / sizes.sum(), seq_len, steps)
+
+
+def prepare_tasks(folder: Path, tokens: Sequence[float], seq_len: int, steps: int) -> Path:
+    """Write a corpus of so many tokens for each task, and a run file that uses them."""
+    names = [f"task{number}" for number in range(len(tokens))]
+    for seed, (name, of_task) in enumerate(zip(names, tokens, strict=True)):
+        size = of_task / MEAN_DOCUMENT
         lengths = document_lengths(int(size), MEAN_DOCUMENT, seed)
         write_corpus(folder / name, lengths, seed, with_tokens=True)
     mixture = {"temperature": 3.3}
