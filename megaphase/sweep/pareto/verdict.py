@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import get_args
 
 from megaphase.sweep.arms.setting import TriedSetting
 from megaphase.sweep.directory import SweepRecord
@@ -143,14 +144,28 @@ def _compare(
     """Return outcome, headline and detail."""
     if not contrasts:
         return "undecided", *_nothing_to_compare(arm, model)
-    named = listed([each.against for each in contrasts])
     results = {each.result for each in contrasts}
     result = results.pop() if len(results) == 1 else "undecided"
     # The baseline against which it does worst on the validation split.
     best = max(contrasts, key=lambda each: each.on_validation)
-    parts = [_decided(contrasts), _numbers(best, several=len(contrasts) > 1), tasks_of(best)]
-    detail = "; ".join(part for part in parts if part)
-    return result, _headline(arm.arm, result, named), f"{detail}; {_sizes(best)}"
+    parts = [_numbers(best, several=len(contrasts) > 1), tasks_of(best), _sizes(best)]
+    return result, _headlines(arm.arm, contrasts), "; ".join(part for part in parts if part)
+
+
+def _headlines(arm: str, contrasts: Sequence[Contrast]) -> str:
+    """Return against which baselines an arm wins and loses, and where it is undecided."""
+    against = {
+        result: listed([each.against for each in contrasts if each.result == result])
+        for result in get_args(Result)
+        if any(each.result == result for each in contrasts)
+    }
+    if len(against) == 1:
+        ((result, named),) = against.items()
+        return _headline(arm, result, named)
+    verbs = {"undecided": "is undecided"}
+    return f"{arm} " + listed(
+        [f"{verbs.get(r, r)} against {named}" for r, named in against.items()]
+    )
 
 
 def _headline(arm: str, result: Result, against: str) -> str:
@@ -168,18 +183,6 @@ def _nothing_to_compare(arm: ArmFront, model: ModelFronts) -> tuple[str, str]:
         who = listed([each.arm for each in others], "or") if arm.points else arm.arm
         return headline, f"no run of {who} has ended normally"
     return headline, "no seed of both sides has ended"
-
-
-def _decided(contrasts: Sequence[Contrast]) -> str:
-    """Return the baselines that are decided where others are not."""
-    if len({each.result for each in contrasts}) == 1:
-        return ""
-    parts = []
-    for result in ("wins", "loses"):
-        names = [each.against for each in contrasts if each.result == result]
-        if names:
-            parts.append(f"{result} against {listed(names)}")
-    return f"it {', and '.join(parts)}"
 
 
 def _numbers(contrast: Contrast, *, several: bool) -> str:

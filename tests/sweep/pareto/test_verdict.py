@@ -207,9 +207,11 @@ def test_an_arm_must_win_against_every_baseline():
         return 4.0, low + SPREAD[trial.seed] * (trial.arm != "static")
 
     first, second = verdicts(record_of(arms, losses, seeds=[1, 2, 3]))
-    assert first.headline == "two-phase against static and restart is undecided"
-    assert first.detail.startswith("it wins against static; its mean loss differs from that of "
-                                   "restart, the best baseline, by +0.000")  # fmt: skip
+    assert first.outcome == "undecided"
+    assert first.headline == "two-phase wins against static and is undecided against restart"
+    assert first.detail.startswith(
+        "its mean loss differs from that of restart, the best baseline, by +0.000"
+    )
     assert second.headline == "restart wins against static"
 
 
