@@ -130,10 +130,12 @@ def _environment() -> Environment:
     return environment
 
 
-def _unbroken(text: str) -> str:
-    """Keep intervals such as [-0.1, +0.2], and p-values, on one line."""
+def _unbroken(text: str) -> Markup:
+    """Keep intervals such as [-0.1, +0.2], p-values, and numbers such as 4e-3, on one line."""
     text = re.sub(r"\[[^][]*\]", lambda found: found[0].replace(" ", NO_BREAK_SPACE), text)
-    return re.sub(r"p ([<=]) ", rf"p{NO_BREAK_SPACE}\1{NO_BREAK_SPACE}", text)
+    text = re.sub(r"p ([<=]) ", rf"p{NO_BREAK_SPACE}\1{NO_BREAK_SPACE}", text)
+    numbers = re.sub(r"\d[\d.]*e-\d+", r'<span class="number">\g<0></span>', str(escape(text)))
+    return Markup(numbers)
 
 
 def draw_plot(plot: Plot, out: Path, folder: str) -> DrawnPlot:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -226,8 +227,14 @@ def cropped_note(axes: Axes, curves: Iterable[Curve]) -> str:
 def note_on_panel(axes: Axes, *notes: str) -> None:
     """Write what a panel leaves out at its upper right corner, above the axes."""
     text = "; ".join(note for note in notes if note)
-    if text:
-        axes.set_title(text, loc="right", fontsize=LABEL_POINTS, color=MUTED)
+    place, figure = axes.get_subplotspec(), axes.get_figure(root=True)
+    if not text or figure is None:
+        return
+    panels = 1 if place is None else place.get_gridspec().ncols
+    # In points: axes take about nine tenths of a panel, letters half as much as they are high.
+    letters = 0.9 * 72 * figure.get_figwidth() / panels / (0.5 * LABEL_POINTS)
+    lines = textwrap.fill(text, int(letters))
+    axes.set_title(lines, loc="right", fontsize=LABEL_POINTS, color=MUTED)
 
 
 Place = tuple[tuple[float, float], str, str, Bbox]
