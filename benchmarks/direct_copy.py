@@ -7,9 +7,9 @@ Two threads read and write at once; nobody looks at the bytes. Linux, with O_DIR
 
 from __future__ import annotations
 
+import argparse
 import mmap
 import os
-import sys
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -46,7 +46,11 @@ def copy_file(source: Path, target: Path, free: SimpleQueue[mmap.mmap]) -> None:
 
 def main() -> None:
     """Copy every file of a folder."""
-    source, target = Path(sys.argv[1]), Path(sys.argv[2])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source", type=Path, metavar="SOURCE")
+    parser.add_argument("target", type=Path, metavar="NEW_FOLDER")
+    options = parser.parse_args()
+    source, target = options.source, options.target
     free: SimpleQueue[mmap.mmap] = SimpleQueue()
     for _ in range(BUFFERS):
         free.put(mmap.mmap(-1, BUFFER_BYTES))

@@ -1,11 +1,12 @@
 """Seconds that the host needs for an operator of a training step, and for a compiled formula.
 
 With real tensors on the CPU, so small that computing them costs nothing; what a GPU adds is the
-launch. Prints one JSON object, for step_simulation.py.
+launch. Prints one JSON object, in seconds, for step_simulation.py.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from collections.abc import Callable
@@ -67,6 +68,7 @@ def operator_seconds() -> float:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     torch.set_num_threads(1)
     operator = operator_seconds()
     compiled, small = Kernels(compiled=True).of(gate), torch.ones(8, 8)

@@ -139,10 +139,12 @@ def write_sweep_of(folder: Path, runs: int) -> int:
 
 
 def draw(axes: Axes, points: list[tuple[int, float]], size: str, cost: str) -> None:
-    """Draw a cost over a size."""
+    """Draw a cost over a size, both on logarithmic axes with equal decades: work that is in
+    proportion to the size is a line of 45 degrees."""
     axes.plot(*zip(*points, strict=True), marker="o")
     axes.set_xscale("log")
-    axes.set_ylim(0, 1.25 * max(each for _, each in points))
+    axes.set_yscale("log")
+    axes.set_aspect("equal", adjustable="datalim")
     axes.set_xlabel(size)
     axes.set_ylabel(cost)
     axes.grid(alpha=0.3)
@@ -150,8 +152,14 @@ def draw(axes: Axes, points: list[tuple[int, float]], size: str, cost: str) -> N
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, nargs="*", default=[10_000, 100_000, 1_000_000])
-    parser.add_argument("--runs", type=int, nargs="*", default=[10, 100, 1_000])
+    parser.add_argument("--steps", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument(
+        "--runs",
+        type=int,
+        nargs="+",
+        default=[10, 100, 1_000],
+        help="about so many: sweeps have whole arms",
+    )
     parser.add_argument("--folder", type=Path, help="temporary folder")
     parser.add_argument("--plot", type=Path, default=Path("report-growth.png"))
     options = parser.parse_args()

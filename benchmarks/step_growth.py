@@ -103,6 +103,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=5, help="counted steps of every size")
     parser.add_argument("--plot", type=Path, default=Path("step-growth.png"))
     options = parser.parse_args()
+    if options.steps < 1:
+        parser.error("--steps: at least 1")
     draw(growths(options.steps), options.plot)
     return 0
 

@@ -75,7 +75,13 @@ def measure(folder: Path, runs: int) -> tuple[int, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--runs", type=int, nargs="*", default=[10, 100, 1_000])
+    parser.add_argument(
+        "--runs",
+        type=int,
+        nargs="+",
+        default=[10, 100, 300, 1_000],
+        help="about so many: sweeps have whole arms",
+    )
     parser.add_argument("--plot", type=Path, default=Path("sweep-growth.png"))
     options = parser.parse_args()
     found = []

@@ -146,9 +146,14 @@ def dry_run(
     found = load_sweep(path)
     _checked_trials(found)
     source = TimeSource(card, Machine(jobs, processes, gpus() if trial else 0))
-    plan = plan_of(found, source, timed=trial)
+    say_warnings(found, console)
+
+    def say(what: str) -> None:
+        console.print(what, markup=False, highlight=False, soft_wrap=True)
+
+    plan = plan_of(found, source, timed=trial, say=say)
     console.print(plan_table(plan))
-    sentences = [*(f"Warning: {each}" for each in found.warnings), *plan_sentences(plan)]
+    sentences = [*plan_sentences(plan)]
     if budget is not None:
         sentences += budget_sentences(plan, budget)
     for sentence in sentences:

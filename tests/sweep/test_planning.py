@@ -196,11 +196,11 @@ def test_a_dry_run_counts_steps_and_tokens_and_writes_nothing(
 def test_on_a_card_times_are_computed(corpora: Path, tmp_path: Path) -> None:
     content = sweep_settings(corpora, settings={"precision": "bf16"})
     text = printed(write(tmp_path, content), card="h200-sxm", jobs=2, budget=1000.0)
-    assert "hours on H200 SXM, 2 runs at a time, 1 process each." in text
+    assert "minutes on H200 SXM, 2 runs at a time, 1 process each." in text
     assert "None of it has been measured." in text
     assert "Budget: 1,000 hours are enough for all runs." in text
     text = printed(write(tmp_path, content), card="h200-sxm", budget=0.0)
-    assert "hours are too few" in text
+    assert "Budget: 0 minutes are too few" in text
     cluster = content | {"slurm": {"nodes": 2, "gpus_per_node": 2, "at_a_time": 3}}
     cluster["run"]["parallel"] = {"tensor": 1, "zero": 1}
     text = printed(write(tmp_path, cluster), card="h200-sxm")

@@ -270,11 +270,14 @@ def _switches(point: Point, curves: Curves) -> list[int]:
 
 
 def _settled_limits(lines: Sequence[Curve]) -> tuple[float, float]:
-    """Return limits that show the later part of every line."""
+    """Return limits that show the later part of every line, and at least its end."""
     span = 0, max((len(losses) for _, losses in lines), default=0)
-    return loss_limits(
-        without_beginning((np.arange(len(losses)), losses), span) for _, losses in lines
-    )
+    later = [without_beginning((np.arange(len(losses)), losses), span) for _, losses in lines]
+    finite = [
+        (places[np.isfinite(losses)], losses[np.isfinite(losses)]) for places, losses in lines
+    ]
+    ends = [(places[-1:], losses[-1:]) for places, losses in finite]
+    return loss_limits([*later, *ends])
 
 
 def _validation(curves: Curves, point: Point, tasks: Sequence[str]) -> Curve:

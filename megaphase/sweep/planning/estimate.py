@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,10 +89,17 @@ def processes_of(sweep: Sweep, source: TimeSource) -> int:
     return jobs.nodes * (jobs.tasks_per_node or jobs.gpus_per_node or 1)
 
 
-def plan_of(sweep: Sweep, source: TimeSource, *, timed: bool) -> SweepPlan:
+def plan_of(
+    sweep: Sweep,
+    source: TimeSource,
+    *,
+    timed: bool,
+    say: Callable[[str], object] = lambda _: None,
+) -> SweepPlan:
     """Return the plan of a sweep.
 
-    timed: whether runs of a few steps are timed here, which takes about a minute for each model.
+    timed: whether runs of a few steps are timed here, which takes minutes for each model. say:
+    called with what is timed next.
 
     Raises:
         InputError: a run file is invalid, or the table has no such card.
@@ -120,7 +127,7 @@ def plan_of(sweep: Sweep, source: TimeSource, *, timed: bool) -> SweepPlan:
         samples = config.validation.samples * len(config.tasks) / config.phase_batch(0).samples
         costs[shape] = Costs(step, step * FORWARD * samples, START_SECONDS)
     if timed:
-        costs = timed_costs(sweep, trials, source.machine)
+        costs = timed_costs(sweep, trials, source.machine, say)
     return SweepPlan(sweep, trials, work_of(sweep), tokens, costs or None, source, title)
 
 
@@ -184,7 +191,7 @@ def plan_sentences(plan: SweepPlan) -> Iterator[str]:
     else:
         at_a_time = f"{machine.jobs} {'run' if machine.jobs == 1 else 'runs'} at a time"
     place = "here" if plan.card_title is None else f"on {plan.card_title}"
-    yield f"Estimate: {_hours(plan.hours())} hours {place}, {at_a_time}, {of_each} each."
+    yield f"Estimate: {_time(plan.hours())} {place}, {at_a_time}, {of_each} each."
     if plan.card_title is None:
         yield (
             f"Assumed: {STEPS} timed steps of each model, batch and sequence length are like the "
@@ -211,28 +218,30 @@ def budget_sentences(plan: SweepPlan, hours: float) -> Iterator[str]:
     if plan.costs is None:
         raise InputError("--budget", "no time is known", "add --trial, or --card")
     if plan.hours() <= hours:
-        yield f"Budget: {_hours(hours)} hours are enough for all runs."
+        yield f"Budget: {_time(hours)} are enough for all runs."
         return
     least: Omission | None = None
     for least in fit_budget(plan.sweep, plan.trials):
         needed = plan.hours(least.work)
         if needed <= hours:
-            yield (
-                f"Budget: {_hours(hours)} hours are enough for {least.title}: "
-                f"{_hours(needed)} hours."
-            )
+            yield (f"Budget: {_time(hours)} are enough for {least.title}: {_time(needed)}.")
             yield from least.sentences
             return
     assert least is not None
     needed = plan.hours(least.work)
     yield (
-        f"Budget: {_hours(hours)} hours are too few: {least.title} take {_hours(needed)} hours. "
+        f"Budget: {_time(hours)} are too few: {least.title} take {_time(needed)}. "
         "Leave out arms, or lower steps."
     )
 
 
 def _hours(hours: float) -> str:
     return f"{hours:.2g}" if hours < 10 else f"{hours:,.0f}"
+
+
+def _time(hours: float) -> str:
+    """In hours, or below one hour in minutes."""
+    return f"{_hours(hours)} hours" if hours >= 1 else f"{60 * hours:.2g} minutes"
 
 
 def _rounded(number: int) -> str:

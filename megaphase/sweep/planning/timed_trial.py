@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,9 +33,16 @@ TRANSLATED = 8  # samples of a task
 POLL_SECONDS = 0.02
 
 
-def timed_costs(sweep: Sweep, trials: Sequence[Trial], machine: Machine) -> dict[str, Costs]:
+def timed_costs(
+    sweep: Sweep,
+    trials: Sequence[Trial],
+    machine: Machine,
+    say: Callable[[str], object] = lambda _: None,
+) -> dict[str, Costs]:
     """Return the costs of runs by `shape_of`, each measured with as many runs at a time as the
     sweep would train.
+
+    say: called with what is measured next.
 
     Raises:
         RunError: a trial has failed.
@@ -47,6 +54,7 @@ def timed_costs(sweep: Sweep, trials: Sequence[Trial], machine: Machine) -> dict
         for trial in sorted(trials, key=lambda trial: not trial.is_final):
             shape = shape_of(trial)
             if shape not in found:
+                say(f"timing {trial.name}: {STEPS} steps, and what is measured after a run")
                 own = Path(folder, str(len(found)))
                 own.mkdir()
                 found[shape] = _timed(sweep, trial, machine, own, start)
