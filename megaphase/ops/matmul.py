@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megaphase.ops.row_order import is_sequence_first
 
@@ -73,6 +74,7 @@ class _Linear(torch.autograd.Function):
         return matmul(x, weight.t())
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         return matmul(grads[0], weight), weight_gradient(grads[0], x)

@@ -27,6 +27,7 @@ from megaphase.utils.plot_style import (
 
 BEGINNING = 0.1  # of the steps so far; a loss falls so far there that the rest would look flat
 MANY_POINTS = 2000
+MOST_NATS = 1e100  # beyond, a loss is as good as infinite, and no axis can show it
 FEW_POINTS = 5  # a curve with fewer is shown whole
 LEGEND_LINE_INCHES = 0.24
 LEGEND_KEY_INCHES = 0.5  # handle and spacing
@@ -132,7 +133,7 @@ def loss_limits(curves: Iterable[Curve], otherwise: Iterable[Curve] = ()) -> tup
     values = np.empty(0)
     for group in (curves, otherwise):
         values = np.concatenate([values, *(losses for _, losses in group)])
-        values = values[np.isfinite(values)]
+        values = values[np.abs(values) < MOST_NATS]  # nor NaN
         if len(values):
             break
     if not len(values):
@@ -218,10 +219,14 @@ def cropped_note(axes: Axes, curves: Iterable[Curve]) -> str:
     reach = [(float(each.min()), float(each.max())) for each in values if len(each)]
     notes = []
     if (most := max((top for _, top in reach), default=high)) > high:
-        notes.append(f"up to {most:.2f}")
+        notes.append(f"up to {_in_short(most)}")
     if (least := min((bottom for bottom, _ in reach), default=low)) < low:
-        notes.append(f"down to {least:.2f}")
+        notes.append(f"down to {_in_short(least)}")
     return f"cut off: {', '.join(notes)}" if notes else ""
+
+
+def _in_short(value: float) -> str:
+    return f"{value:.2f}" if abs(value) < 1e5 else f"{value:.0e}"
 
 
 def note_on_panel(axes: Axes, *notes: str) -> None:

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from megaphase.report.measured import Measured
-from megaphase.utils.metrics_rows import Row
+from megaphase.utils.metrics_rows import MOST_STEPS, Row
 
 # Rows are converted some at a time, and one by one only where that fails.
 _ROWS_AT_A_TIME = 256
@@ -21,10 +21,10 @@ _ROWS_AT_A_TIME = 256
 class TrainingRow(BaseModel):
     """One optimizer step; losses in nats per token, `step` counts from 1 over the whole run."""
 
-    step: int
+    step: Annotated[int, Field(ge=1, le=MOST_STEPS)]
     phase: str
-    phase_step: int
-    tokens: int
+    phase_step: Annotated[int, Field(ge=1, le=MOST_STEPS)]
+    tokens: Annotated[int, Field(ge=0, le=MOST_STEPS)]
     loss: Measured
     loss_by_task: dict[str, Measured]
     learning_rate: float
@@ -35,7 +35,7 @@ class TrainingRow(BaseModel):
     mfu: float | None = None
 
 
-_INTEGERS = ("step", "phase_step", "tokens")
+_INTEGERS = {"step": 1, "phase_step": 1, "tokens": 0}  # with the least that each can be
 _MEASURED = ("loss", "grad_norm")
 _FLOATS = ("learning_rate", "step_seconds", "data_wait_seconds", "tokens_per_second")
 _required = itemgetter("phase", "loss_by_task", *_INTEGERS, *_MEASURED, *_FLOATS)
@@ -128,7 +128,7 @@ class TrainingRowsReader:
         """Add rows; raise one of the errors above, and add none, if one may not be valid."""
         phases, losses, *values = zip(*map(_required, rows), strict=True)
         columns = {
-            **{name: _whole(values[i]) for i, name in enumerate(_INTEGERS)},
+            **{name: _whole(values[i], least) for i, (name, least) in enumerate(_INTEGERS.items())},
             **{name: _numbers(values[3 + i]) for i, name in enumerate(_MEASURED)},
             **{name: _numbers(values[5 + i], known=True) for i, name in enumerate(_FLOATS)},
             "mfu": _numbers([row.get("mfu") for row in rows]),
@@ -180,9 +180,9 @@ _COLUMNS: Mapping[str, type] = {
 }
 
 
-def _whole(values: Sequence[Any]) -> np.ndarray:
+def _whole(values: Sequence[Any], least: int) -> np.ndarray:
     found = np.array(values)
-    if found.dtype != np.int64:
+    if found.dtype != np.int64 or found.min(initial=least) < least:
         raise TypeError(found.dtype)
     return found
 

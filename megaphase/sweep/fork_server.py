@@ -44,7 +44,7 @@ class ForkServer:
         """compiled: whether commands use kernels compiled by torch, whose compiler is imported,
         too."""
         self._compiled = compiled
-        self._server: subprocess.Popen[bytes] | None = None
+        self._server: _Server | None = None
 
     def __enter__(self) -> ForkServer:
         return self
@@ -55,32 +55,44 @@ class ForkServer:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._end()
+        if self._server is not None:
+            self._server.end()
 
     def start(self, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Fork:
         """Start a command, with its output appended to the log.
 
         Raises:
-            RunError: the log cannot be written, or the server has ended before the command began.
+            RunError: the log cannot be written, or the command cannot be started.
         """
         with os_errors_named(log):
             make_way_for_file(log, "a log")
             log.open("ab").close()
-        if self._server is None or self._server.poll() is not None:
-            self._start_server(environment)
-        pid = self.ask({"command": list(command), "log": str(log), "env": dict(environment)})
-        if pid is None:
-            self._end()
-            raise RunError("the process that starts the runs has ended; the cause is above")
-        return Fork(self, pid)
+        if self._server is None or self._server.has_ended():
+            if self._server is not None:
+                self._server.end()
+            self._server = _Server(environment, compiled=self._compiled)
+        request = {"command": list(command), "log": str(log), "env": dict(environment)}
+        answer = self._server.ask(request)
+        if not isinstance(answer, int):
+            reason = answer or self._server.reason()
+            raise RunError(f"{log}: the process that starts the runs cannot: {reason}")
+        return Fork(self._server, answer)
 
-    def _start_server(self, environment: Mapping[str, str]) -> None:
-        self._end()
+    @property
+    def pid(self) -> int | None:
+        """The server's process, if it runs."""
+        return None if self._server is None or self._server.has_ended() else self._server.pid
+
+
+class _Server:
+    """A running server; forks belong to the one that has started them."""
+
+    def __init__(self, environment: Mapping[str, str], *, compiled: bool) -> None:
         self._socket, other_end = socket.socketpair()
         self._answers = self._socket.makefile("r")
-        arguments = [str(other_end.fileno()), *(["compiled"] if self._compiled else [])]
+        arguments = [str(other_end.fileno()), *(["compiled"] if compiled else [])]
         with other_end:
-            self._server = subprocess.Popen(
+            self._process = subprocess.Popen(
                 [sys.executable, "-m", "megaphase.sweep.fork_server", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -88,47 +100,48 @@ class ForkServer:
                 pass_fds=[other_end.fileno()],
                 start_new_session=True,
             )
+        self.pid = self._process.pid
 
-    def ask(self, request: Mapping[str, Any]) -> int | None:
-        """Return the server's answer; None, too, if it has ended."""
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def ask(self, request: Mapping[str, Any]) -> int | str | None:
+        """Return the answer, a number or what went wrong; None, too, if the server has ended."""
         try:
             self._socket.sendall(json.dumps(request).encode() + b"\n")
             line = self._answers.readline()
-        except OSError:
+        except (OSError, ValueError):  # ValueError: closed by `end`
             return None
         return json.loads(line) if line else None
 
-    @property
-    def pid(self) -> int | None:
-        """The server's process, if it runs."""
-        ended = self._server is None or self._server.poll() is not None
-        return None if ended or self._server is None else self._server.pid
+    def reason(self) -> str:
+        """Return why it has ended, once it answers no more."""
+        code = self._process.wait()
+        return f"it was killed by {signal.Signals(-code).name}" if code < 0 else "see above"
 
-    def _end(self) -> None:
-        if self._server is None:
-            return
+    def end(self) -> None:
+        """Kill it, if it has not ended."""
         self._answers.close()
         self._socket.close()
-        self._server.kill()
-        self._server.wait()
-        self._server = None
+        self._process.kill()
+        self._process.wait()
 
 
 class Fork:
     """A running command; see `megaphase.sweep.local.Process`."""
 
-    def __init__(self, server: ForkServer, pid: int) -> None:
-        self._server, self._server_pid = server, server.pid
-        self.pid = pid
+    def __init__(self, server: _Server, pid: int) -> None:
+        self._server, self.pid = server, pid
         self._code: int | None = None
 
     def poll(self) -> int | None:
         """Return the exit code (negative: the signal), or None while it runs."""
         if self._code is None:
-            self._code = self._server.ask({"poll": self.pid})
-            # The forks of a server that has ended were killed with it.
-            if self._code is None and self._server.pid != self._server_pid:
-                self._code = -signal.SIGKILL
+            answer = self._server.ask({"poll": self.pid})
+            if isinstance(answer, int):
+                self._code = answer
+            elif self._server.has_ended():
+                self._code = -signal.SIGKILL  # killed with the server
         return self._code
 
     def wait(self) -> int:
@@ -150,14 +163,27 @@ def _serve(connection: socket.socket) -> bool:
     requests = connection.makefile("r")
     for line in requests:
         request = json.loads(line)
+        answer: int | str | None = None
         if "poll" in request:
             pid, status = os.waitpid(request["poll"], os.WNOHANG)
             answer = os.waitstatus_to_exitcode(status) if pid else None
-        elif (answer := os.fork()) == 0:
-            connection.close()
-            requests.close()
-            _become(request, server)
-            return True
+        else:
+            begun, has_begun = os.pipe()
+            try:
+                answer = os.fork()
+            except OSError as error:
+                answer = str(error.strerror)
+            if answer == 0:
+                connection.close()
+                requests.close()
+                os.close(begun)
+                _become(request, server)
+                os.close(has_begun)
+                return True
+            # Who kills the fork does so by its group, which it must have by now.
+            os.close(has_begun)
+            os.read(begun, 1)
+            os.close(begun)
         connection.sendall(json.dumps(answer).encode() + b"\n")
     return False
 

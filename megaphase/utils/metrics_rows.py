@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from pydantic_core import from_json
 
 Row = dict[str, Any]
+MOST_STEPS = (1 << 63) - 1  # a larger number is damage
 Steps = tuple[int, int]  # the first and the last step of a range, both included
 
 _TAIL_BYTES = 1 << 18
@@ -74,7 +75,9 @@ def parse_row(line: bytes) -> Row | None:
         row = from_json(line)
     except ValueError:
         return None
-    if not isinstance(row, dict) or type(row.get("step")) is not int:
+    if not isinstance(row, dict) or type(step := row.get("step")) is not int:
+        return None
+    if not 0 <= step <= MOST_STEPS:
         return None
     return row if "loss" in row or not is_training(row) else None
 

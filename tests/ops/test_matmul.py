@@ -57,3 +57,14 @@ def test_what_is_not_finite_stays_so() -> None:
     a[3, 5], a[9, 1] = torch.inf, torch.nan
     finite = matmul(a, random(40, 48)).isfinite().all(1)
     assert (~finite).nonzero().flatten().tolist() == [3, 9]
+
+
+@pytest.mark.usefixtures("library")
+def test_a_second_derivative_is_refused_where_it_would_be_wrong() -> None:
+    x, weight = random(64, 40).requires_grad_(), random(48, 40).requires_grad_()
+    (first,) = torch.autograd.grad(linear(x, weight).square().sum(), x, create_graph=True)
+    if matmul_module.prefers_onednn(x.device):
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            first.sum().backward()
+    else:
+        first.sum().backward()

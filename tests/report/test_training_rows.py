@@ -37,6 +37,11 @@ VALID = st.fixed_dictionaries(
 )
 DAMAGE = st.sampled_from(
     [
+        ("step", 0),
+        ("step", 2**63),
+        ("phase_step", -1),
+        ("tokens", 2**70),
+        ("tokens", -1),
         ("tokens", 1.5),
         ("tokens", "x"),
         ("phase", 3),

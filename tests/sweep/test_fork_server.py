@@ -69,9 +69,8 @@ def test_a_signal_before_the_command_has_begun_is_not_lost(
         log = tmp_path / number.name
         fork = server.start(["train", "missing.yaml"], log, os.environ)
         os.kill(fork.pid, number)
-        assert fork.wait() in (EXIT_REQUEUE, EXIT_WRONG_INPUT)
-        if fork.wait() == EXIT_REQUEUE:
-            assert "came before anything had begun" in log.read_text()
+        assert fork.wait() == EXIT_REQUEUE
+        assert number.name in log.read_text()
 
 
 def test_a_log_that_cannot_be_written_is_named(tmp_path: Path, server: ForkServer) -> None:
@@ -105,7 +104,7 @@ def test_a_server_that_cannot_import_is_reported(
 ) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('no such torch')")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    with ForkServer(compiled=False) as server, pytest.raises(RunError, match="the cause is above"):
+    with ForkServer(compiled=False) as server, pytest.raises(RunError, match="cannot: see above"):
         server.start(["--version"], tmp_path / "log", environment)
     assert "no such torch" in capfd.readouterr().err
 
@@ -132,3 +131,28 @@ def test_a_sweep_that_is_killed_takes_the_server_along(tmp_path: Path) -> None:
     process.wait()
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
     assert len(pids) == 2
+
+
+def test_forks_of_a_server_that_was_killed_are_no_business_of_the_next_one(
+    tmp_path: Path,
+) -> None:
+    slow = tmp_path / "slow.yaml"
+    os.mkfifo(slow)
+    with ForkServer(compiled=False) as server:
+        first, second = (
+            server.start(["train", str(slow)], tmp_path / name, os.environ) for name in "ab"
+        )
+        os.kill(server.pid or 0, signal.SIGKILL)
+        assert first.wait() == -signal.SIGKILL
+        third = server.start(["train", str(slow)], tmp_path / "c", os.environ)
+        assert second.wait() == -signal.SIGKILL
+        assert third.poll() is None
+
+
+def test_a_fork_can_be_killed_by_its_group_at_once(tmp_path: Path, server: ForkServer) -> None:
+    slow = tmp_path / "slow.yaml"
+    os.mkfifo(slow)
+    for number in range(30):
+        fork = server.start(["train", str(slow)], tmp_path / str(number), os.environ)
+        os.killpg(fork.pid, signal.SIGKILL)
+        assert fork.wait() == -signal.SIGKILL

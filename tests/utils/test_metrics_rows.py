@@ -24,7 +24,8 @@ def test_the_newest_row_comes_first_and_half_a_row_is_none(tmp_path: Path) -> No
 
 
 def test_lines_that_are_no_rows_are_passed_over(tmp_path: Path) -> None:
-    path = write(tmp_path / "metrics.jsonl", TRAINING[:1], 'no row\n[1]\n{"step": "x"}\n')
+    lines = ["no row", "[1]", '{"step": "x"}', '{"step": -1, "loss": 1}', f'{{"step": {2**63}}}']
+    path = write(tmp_path / "metrics.jsonl", TRAINING[:1], "\n".join(lines) + "\n")
     assert last_rows(path) == TRAINING[:1]
 
 

@@ -228,7 +228,8 @@ def _sizes(contrast: Contrast) -> str:
 
 
 def _chosen(contrast: Contrast) -> str:
-    of = f"best of {contrast.k} random settings" if contrast.k > 1 else "one random setting"
+    drawn = "" if contrast.settings == (contrast.k, contrast.k) else "random "
+    of = f"best of {contrast.k} {drawn}settings" if contrast.k > 1 else f"one {drawn}setting"
     seeds = "one seed: no interval" if contrast.seeds == 1 else f"{contrast.seeds} seeds"
     return f"{of} of each, {seeds}"
 
@@ -241,14 +242,25 @@ def front_sentence(arm: ArmFront, model: ModelFronts, result: Result) -> str:
     static, own = len(against.margins), len(against.margins_of_static)
     outside = own - against.dominated_by
     text = (
-        f"{_size_of_front(volume, static_volume, result)}: {outside} of its {own} "
-        f"{'point' if own == 1 else 'points'} {'lies' if outside == 1 else 'lie'} outside the area "
-        f"that static dominates, and it dominates {against.dominated} of the {static} static "
-        f"{'point' if static == 1 else 'points'}. "
+        f"{_size_of_front(volume, static_volume, result)}: {_own_outside(outside, own)} the area "
+        f"that static dominates, and it dominates "
+        f"{_of_static(against.dominated, static)}. "
     )
     if all(each.estimate is None for each in against.margins):
         return f"{text}It reaches no high-resource loss as low as static’s."
     return f"{text}{_margins_sentence(against.margins)}"
+
+
+def _own_outside(outside: int, own: int) -> str:
+    if own == 1:
+        return f"its only point lies {'outside' if outside else 'within'}"
+    return f"{outside} of its {own} points {'lies' if outside == 1 else 'lie'} outside"
+
+
+def _of_static(dominated: int, static: int) -> str:
+    if static == 1:
+        return f"{'the only' if dominated else 'not the only'} static point"
+    return f"{dominated} of the {static} static points"
 
 
 def _size_of_front(volume: float, static_volume: float, result: Result) -> str:

@@ -186,7 +186,7 @@ def test_words_follow_from_the_intervals(two_phase, outcome, tasks):
         "undecided": "two-phase against static is undecided: ",
     }
     assert verdict.sentence.startswith(expected[outcome])
-    assert f"; {tasks}; best of 2 random settings of each, 3 seeds." in verdict.sentence
+    assert f"; {tasks}; best of 2 settings of each, 3 seeds." in verdict.sentence
 
 
 def test_one_seed_decides_nothing():
@@ -194,7 +194,7 @@ def test_one_seed_decides_nothing():
     assert verdict.outcome == "undecided"
     assert verdict.sentence == (
         "two-phase against static is undecided: its mean loss differs from that of static by "
-        "-1.000 nats; by task en -1.000, fr -1.000, hi -1.000, eu -1.000; best of 2 random "
+        "-1.000 nats; by task en -1.000, fr -1.000, hi -1.000, eu -1.000; best of 2 "
         "settings of each, one seed: no interval."
     )
 
@@ -281,7 +281,7 @@ def test_primary_contrast_comes_first():
     assert first.outcome == "loses"
     assert first.sentence == (
         "primary contrast, in the low-resource loss: keep loses against two-phase: it differs by "
-        "+0.600 [+0.550, +0.650] nats from that of two-phase (best of 2 random settings of each, 3 "
+        "+0.600 [+0.550, +0.650] nats from that of two-phase (best of 2 settings of each, 3 "
         "seeds)."
     )
 
