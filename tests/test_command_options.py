@@ -2,6 +2,7 @@
 
 import hashlib
 import resource
+import sys
 
 import pytest
 from command_cases import (
@@ -64,6 +65,7 @@ def test_the_calls_are_right_but_for_the_value(inputs):
 
 def limit_files():
     """Limit files to half a kilobyte, as on a disk that is nearly full."""
+    sys.dont_write_bytecode = True  # or modules would be cached half-written
     resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512))
 
 

@@ -63,7 +63,9 @@ def _fp32_matmul(a: Tensor, b: Tensor) -> Tensor:
     # oneDNN would copy a transposed first matrix, and refuses an empty one.
     if rows < _ONEDNN_ROWS or not (b.numel() and a.is_contiguous() and prefers_onednn(a.device)):
         return a @ b
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+    flat = torch.ops.mkldnn._linear_pointwise(a.flatten(0, -2), b.t(), None, "none", [], "")
+    # No view, as torch.matmul's product is none: it may be changed in place.
+    product: Tensor = torch.ops.aten._unsafe_view(flat, [*a.shape[:-1], b.shape[1]])
     return product
 
 

@@ -13,6 +13,7 @@ import gc
 import importlib
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -23,11 +24,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megaphase.__main__ import SIGNALS
 from megaphase.utils.errors import RunError
 from megaphase.utils.files import os_errors_named
 from megaphase.utils.process_lifetime import end_with_parent, ends_with_this_process
 from megaphase.utils.set_aside import make_way_for_file
+from megaphase.utils.signals import ALL_SIGNALS
 
 POLL_SECONDS = 0.01
 _MODULES = ("megaphase.cli", "megaphase.training.trainer", "megaphase.training.evaluate")
@@ -204,7 +205,7 @@ def main() -> None:
     """Import, then fork for each request on the socket whose descriptor is the first argument."""
     # Nothing but the end of the sweep ends the server. A fork unblocks them when it handles them,
     # and what arrives before then is not lost.
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, ALL_SIGNALS)
     end_with_parent()
     descriptor, *compiled = sys.argv[1:]
     connection = socket.socket(fileno=int(descriptor))
@@ -217,7 +218,7 @@ def main() -> None:
     gc.collect()
     gc.freeze()  # or every fork would look through, and so copy, all objects of these modules
     if _serve(connection):
-        importlib.import_module("megaphase.__main__").main()
+        runpy.run_module("megaphase", run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 from data_support import wait_until
 from run_support import LOW, make_corpora, megaphase, read_rows
-from sweep_run_support import run_warm, settings, write
-from test_local import running
+from sweep_run_support import run_warm, running, settings, write
 
 from megaphase.report.load_run import load_run
 from megaphase.sweep.directory import SweepDirectory, load_sweep_record
@@ -142,7 +141,7 @@ def test_killed_in_a_phase_in_the_middle_it_resumes(
         time.sleep(0.02)
     process.kill()
     process.wait()
-    wait_until(lambda: not running(middle))
+    wait_until(lambda: middle.name not in running(directory))
     assert len(directory.outcomes()) == 1
     run_warm(path)
     expected = whole.outcomes()

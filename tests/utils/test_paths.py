@@ -145,6 +145,7 @@ def test_files_of_another_kind_are_refused_without_waiting(tmp_path):
 
 def limit_files():
     """Limit files to a kibibyte, as on a disk that is nearly full."""
+    sys.dont_write_bytecode = True  # or modules would be cached half-written
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
 
 

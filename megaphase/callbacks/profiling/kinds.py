@@ -17,6 +17,7 @@ class Kind(StrEnum):
     COMMUNICATION = "communication"
 
 
+_LINEAR = "mkldnn::_linear_pointwise"  # the right matrix is [outputs, inputs]
 # Operators that multiply matrices, each with the argument that is the left one.
 _LEFT_MATRIX = {
     "aten::mm": 0,
@@ -27,6 +28,7 @@ _LEFT_MATRIX = {
     "aten::baddbmm": 1,
     "aten::baddbmm_": 1,
     "aten::_addmm_activation": 1,
+    _LINEAR: 0,
 }
 
 # torch puts this mark around the step of every optimizer.
@@ -86,7 +88,7 @@ def matmul_flops(name: str, dims: Sequence[Sequence[int]]) -> int:
     a, b = dims[left], dims[left + 1]
     if len(a) < 2 or len(b) < 2:
         return 0
-    count = 2 * b[-1]
+    count = 2 * b[-2 if name == _LINEAR else -1]
     for size in a:
         count *= size
     return count
