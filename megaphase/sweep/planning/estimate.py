@@ -99,7 +99,7 @@ def plan_of(
     """Return the plan of a sweep.
 
     timed: whether runs of a few steps are timed here, which takes minutes for each model. say:
-    called with what is timed next.
+    called with a line about each trial before it begins.
 
     Raises:
         InputError: a run file is invalid, or the table has no such card.

@@ -42,7 +42,7 @@ def timed_costs(
     """Return the costs of runs by `shape_of`, each measured with as many runs at a time as the
     sweep would train.
 
-    say: called with what is measured next.
+    say: called with a line about each trial before it begins.
 
     Raises:
         RunError: a trial has failed.
