@@ -25,7 +25,7 @@ TURNS = 3
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tasks", type=int, nargs="*", default=[2, 6, 20, 60, 200])
+    parser.add_argument("--tasks", type=int, nargs="+", default=[2, 6, 20, 60, 200])
     parser.add_argument("--tokens", type=float, default=2e8, help="tokens of all corpora")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--folder", type=Path, help="temporary folder for the corpora")

@@ -153,11 +153,11 @@ def dry_run(
 
     plan = plan_of(found, source, timed=trial, say=say)
     console.print(plan_table(plan))
-    sentences = [*plan_sentences(plan)]
+    sentences = list(plan_sentences(plan))
     if budget is not None:
         sentences += budget_sentences(plan, budget)
     for sentence in sentences:
-        console.print(sentence, markup=False, soft_wrap=True)
+        say(sentence)
 
 
 def gpus() -> int:

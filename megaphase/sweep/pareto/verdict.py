@@ -243,8 +243,7 @@ def front_sentence(arm: ArmFront, model: ModelFronts, result: Result) -> str:
     outside = own - against.dominated_by
     text = (
         f"{_size_of_front(volume, static_volume, result)}: {_own_outside(outside, own)} the area "
-        f"that static dominates, and it dominates "
-        f"{_of_static(against.dominated, static)}. "
+        f"that static dominates, and it {_dominates(against.dominated, static)}. "
     )
     if all(each.estimate is None for each in against.margins):
         return f"{text}It reaches no high-resource loss as low as static’s."
@@ -257,10 +256,10 @@ def _own_outside(outside: int, own: int) -> str:
     return f"{outside} of its {own} points {'lies' if outside == 1 else 'lie'} outside"
 
 
-def _of_static(dominated: int, static: int) -> str:
+def _dominates(dominated: int, static: int) -> str:
     if static == 1:
-        return f"{'the only' if dominated else 'not the only'} static point"
-    return f"{dominated} of the {static} static points"
+        return f"{'dominates' if dominated else 'does not dominate'} the only static point"
+    return f"dominates {dominated} of the {static} static points"
 
 
 def _size_of_front(volume: float, static_volume: float, result: Result) -> str:

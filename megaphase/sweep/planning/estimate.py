@@ -224,7 +224,7 @@ def budget_sentences(plan: SweepPlan, hours: float) -> Iterator[str]:
     for least in fit_budget(plan.sweep, plan.trials):
         needed = plan.hours(least.work)
         if needed <= hours:
-            yield (f"Budget: {_time(hours)} are enough for {least.title}: {_time(needed)}.")
+            yield f"Budget: {_time(hours)} are enough for {least.title}: {_time(needed)}."
             yield from least.sentences
             return
     assert least is not None
