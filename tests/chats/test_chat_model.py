@@ -128,36 +128,36 @@ def exported(folder):
 
 
 def test_transformers_renders_the_tokens_of_training(folder, exported):
-    _, theirs = exported
-    ours = ChatEncoder.load(Tokenizer.load(folder / "tok"))
+    _, exported_tokenizer = exported
+    encoder = ChatEncoder.load(Tokenizer.load(folder / "tok"))
     corpus = Corpus.open(folder / "chat")
     lines = (folder / "chats.jsonl").read_text().splitlines()
     for number, line in enumerate(lines):
         messages = json.loads(line)["messages"]
-        whole = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
-        assert [*whole, ours.tokenizer.eod] == corpus.document(number).tolist()
-        prompt = theirs.apply_chat_template(
+        whole = exported_tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+        assert [*whole, encoder.tokenizer.eod] == corpus.document(number).tolist()
+        prompt = exported_tokenizer.apply_chat_template(
             messages[:-1], tokenize=True, return_dict=False, add_generation_prompt=True
         )
-        assert prompt == ours.encode_prompt(messages[:-1])
+        assert prompt == encoder.encode_prompt(messages[:-1])
     again = Tokenizer.load(folder / "hf")
-    assert again.fingerprint == ours.tokenizer.fingerprint
-    assert ChatEncoder.load(again).turn_end == ours.turn_end == corpus.manifest.turn_end
+    assert again.fingerprint == encoder.tokenizer.fingerprint
+    assert ChatEncoder.load(again).turn_end == encoder.turn_end == corpus.manifest.turn_end
 
 
 def test_transformers_generates_the_same_and_stops_at_the_end_of_the_turn(folder, exported):
-    model, theirs = exported
-    end = theirs.convert_tokens_to_ids("<end>")
-    assert model.generation_config.eos_token_id == [theirs.eos_token_id, end]
+    model, exported_tokenizer = exported
+    end = exported_tokenizer.convert_tokens_to_ids("<end>")
+    assert model.generation_config.eos_token_id == [exported_tokenizer.eos_token_id, end]
     for question, answer in ANSWERS.items():
-        inputs = theirs.apply_chat_template(
+        inputs = exported_tokenizer.apply_chat_template(
             conversation(question), return_tensors="pt", return_dict=True,
             add_generation_prompt=True,
         )  # fmt: skip
         whole = model.generate(**inputs, do_sample=False, max_new_tokens=64)[0]
         new = whole[inputs["input_ids"].shape[1] :]
         assert new[-1] == end
-        assert theirs.decode(new, skip_special_tokens=True) == answer
+        assert exported_tokenizer.decode(new, skip_special_tokens=True) == answer
 
 
 def test_a_prompt_that_spells_control_tokens_is_warned_of(folder):

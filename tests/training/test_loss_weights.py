@@ -120,8 +120,8 @@ def plain_curve() -> Curve:
 def test_the_losses_of_tasks_are_weighted_as_in_plain_torch(case: Case) -> None:
     found, plain = curves(case.tensor * case.data)[case], plain_curve()
     assert found.norms == pytest.approx(plain.norms, rel=10 * FP32)
-    for step, (ours, expected) in enumerate(zip(found.by_task, plain.by_task, strict=True)):
-        assert ours == pytest.approx(expected, rel=FP32), step
+    for step, (trained, expected) in enumerate(zip(found.by_task, plain.by_task, strict=True)):
+        assert trained == pytest.approx(expected, rel=FP32), step
 
 
 def ratios() -> list[list[float]]:

@@ -188,8 +188,8 @@ def _dictionary(rotary: RotaryConfig) -> dict[str, Any]:
     written: dict[str, Any] = {"rope_type": "default"}
     if rotary.scaling is not None:
         kind = rotary.scaling.type
-        ours = {t: getattr(rotary.scaling, o) for t, o in _KEYS[kind].items()}
-        written = {"rope_type": kind} | ours
+        values = {key: getattr(rotary.scaling, own) for key, own in _KEYS[kind].items()}
+        written = {"rope_type": kind} | values
     return written | {"rope_theta": rotary.base}
 
 
@@ -230,13 +230,13 @@ def _scaling(
         given[_LENGTH] = length or given.get(_LENGTH) or config.size("max_position_embeddings")
     else:
         given.pop(_LENGTH, None)  # transformers reads it for no such type
-    for their_key in given:
-        if their_key not in _KEYS[kind]:
-            problem = f"is {json.dumps(rope)}, and {kind} has no {their_key} that megaphase knows"
+    for each in given:
+        if each not in _KEYS[kind]:
+            problem = f"is {json.dumps(rope)}, and {kind} has no {each} that megaphase knows"
             raise config.refusal(key, problem)
-    ours = {_KEYS[kind][theirs]: value for theirs, value in given.items()}
+    named = {_KEYS[kind][key]: value for key, value in given.items()}
     values = {
-        k: float(v) if type(v) is int and k != "original_seq_len" else v for k, v in ours.items()
+        k: float(v) if type(v) is int and k != "original_seq_len" else v for k, v in named.items()
     }
     try:
         return RotaryScalingConfig.model_validate({"type": kind} | values)
