@@ -273,6 +273,40 @@ def test_rounds_follow_each_other_to_the_scores_of_translations(
         assert sum(bool(getattr(outcome, measured)) for outcome in found.values()) == 6
 
 
+@pytest.mark.slow
+def test_pruned_chains_of_three_phases_end_as_on_one_machine(
+    cluster: Cluster, corpora: Path, tmp_path: Path
+) -> None:
+    """Each rung of a comparison is a round, and so is each phase of a chain."""
+    three = [
+        {"share": 0.5, "rate": 0, "learning_rate": {"schedule": "wsd", "decay": 0.25}},
+        {"share": 0.25, "rate": 0.1, "learning_rate": "continue"},
+        {"rate": [0.3, 0.5], "learning_rate": "continue"},
+    ]
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        folder.mkdir()
+        content = settings(
+            corpora, arms={"static": {"rates": [0.1, 0.3]}, "wsd": {"phases": three}}, steps=32,
+            prune="halving", slurm=CPU,
+        )  # fmt: skip
+        content["learning_rate"]["peaks"] = [1e-4, 1e-2]
+        path = write(folder, content)
+    _, expected, _ = run_warm(here / "sweep.yaml")
+    submit(cluster, path)
+    assert wait_for_the_end(cluster, path) == "COMPLETED", logs(path)
+    found = SweepDirectory(there / "out")
+    assert losses(found.outcomes()) == losses(expected.outcomes()), logs(path)
+    assert rungs(found) == rungs(expected)
+    assert len(rungs(found)) > 2
+    assert "All runs have ended." in call(path, "--slurm", cluster=cluster).stdout
+
+
+def rungs(directory: SweepDirectory) -> dict[str, str]:
+    """Return what was compared, by file."""
+    return {file.name: file.read_text() for file in (directory.path / "rungs").iterdir()}
+
+
 def losses(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
     return {name: (each.failed, each.losses) for name, each in outcomes.items()}
 
