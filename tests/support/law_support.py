@@ -52,7 +52,7 @@ def true_loss(of_row, task, truth):
     """Return the loss of the law with these parameters."""
     size = of_row.parameters / 1e6
     total = sum(phase.steps for phase in of_row.phases)
-    begin, weighted, plain, uniform = 0, 0.0, 0.0, 0.0
+    begin, weighted, uniform = 0, 0.0, 0.0
     f = truth["recency"]
     for k in range(1000):
         uniform += math.exp(-f * (1 - (k + 0.5) / 1000)) / 1000
@@ -64,9 +64,8 @@ def true_loss(of_row, task, truth):
             x = (begin + (k + 0.5) / 1000 * (end - begin)) / total
             mean += math.exp(-f * (1 - x)) / 1000
         weighted += mean / uniform * tokens
-        plain += tokens
         begin = end
-    repeats = max(plain / of_row.unique[task] - 1, 0)
+    repeats = max(weighted / of_row.unique[task] - 1, 0)
     loss = truth["E"] + truth["A"] * size**-0.34 + truth["B"] * (weighted / 1e4) ** -truth["beta"]
     loss += truth["P"] * repeats ** truth["kappa"]
     return loss + truth["peak"] * math.log(of_row.phases[-1].peak / 0.002)

@@ -9,8 +9,8 @@ repetition: D becomes U + U R* (1 - exp(-R/R*)) (Muennighoff et al. 2023, arXiv 
     which a repeated token is worth less, but never harms.
 overfitting: the power form + P R^kappa, a penalty that is added for repetition, as by Lovelace et
     al. 2026 (arXiv 2605.01640): losses of small corpora rise again, which the form above cannot.
-order: the effective tokens are multiplied by the mean of exp(-recency (1 - x)) over the task's
-    tokens, x their place in the run, so that early tokens count less (or more).
+order: D is multiplied by the mean of exp(-recency (1 - x)) over the task's tokens, x their place in
+    the run, so that early tokens count less (or more), also as repetition.
 transfer: tau times the tokens of all other tasks are added (an exchange factor as in ATLAS,
     Longpre et al. 2025, arXiv 2510.22037).
 efficiency: the effective tokens are multiplied by a power of N, since larger models reach a loss
@@ -183,18 +183,22 @@ class Form:
                 effective = self._effective(table, values) / TOKEN_UNIT
                 columns.append(Column("B", "positive", effective ** -values["beta"]))
         if self.core == "overfitting":
-            columns.append(Column("P", "positive", table.repeated ** values["kappa"]))
+            repeated = table.repeated(self._placed(table, values))
+            columns.append(Column("P", "positive", repeated ** values["kappa"]))
         return columns + self._schedule(table)
+
+    def _placed(self, table: SettingTable, values: dict[str, float]) -> Vector:
+        """Return the tokens of the task, weighted by their place in the run."""
+        tokens: Vector = table.tokens * (table.order(values["recency"]) if self.order else 1.0)
+        return tokens
 
     def _effective(self, table: SettingTable, values: dict[str, float]) -> Vector:
         """Return the effective tokens of the task."""
-        tokens = table.tokens
+        tokens = self._placed(table, values)
         if self.core == "repetition":
             most = values["repeats"]
-            worth = table.unique * (1 + most * (1 - np.exp(-table.repeated / most)))
-            tokens = np.where(tokens > table.unique, worth, tokens)
-        if self.order:
-            tokens = tokens * table.order(values["recency"])
+            gained = most * (1 - np.exp(-table.repeated(tokens) / most))
+            tokens = np.minimum(tokens, table.unique) + table.unique * gained
         if self.efficiency:
             tokens = tokens * (table.parameters / SIZE_UNIT) ** values["efficiency"]
         if self.transfer:
@@ -245,7 +249,7 @@ def scope_of(table: SettingTable) -> Scope:
             taken.append(name)
             basis.append(values)
     sizes = len(np.unique(table.parameters))
-    repeats = bool(np.any(table.repeated > 0))
+    repeats = bool(np.any(table.tokens > table.unique))
     return Scope(sizes, centers, tuple(taken), repeats)
 
 

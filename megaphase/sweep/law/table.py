@@ -87,10 +87,9 @@ class SettingTable:
         last: Vector = (1 - self.starts.max(axis=1)) * (self.tokens + self.others)
         return last
 
-    @cached_property
-    def repeated(self) -> Vector:
-        """Epochs beyond the first."""
-        repeated: Vector = np.maximum(self.tokens / self.unique - 1, 0.0)
+    def repeated(self, tokens: Vector) -> Vector:
+        """Return the epochs beyond the first that these tokens of the task are."""
+        repeated: Vector = np.maximum(tokens / self.unique - 1, 0.0)
         return repeated
 
     @cached_property
