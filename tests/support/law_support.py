@@ -67,7 +67,8 @@ def true_loss(of_row, task, truth):
         begin = end
     repeats = max(weighted / of_row.unique[task] - 1, 0)
     loss = truth["E"] + truth["A"] * size**-0.34 + truth["B"] * (weighted / 1e4) ** -truth["beta"]
-    loss += truth["P"] * repeats ** truth["kappa"]
+    capacity = size * 1e4 / of_row.unique[task]
+    loss += truth["P"] * repeats ** truth["kappa"] * capacity ** truth.get("omega", 0.0)
     return loss + truth["peak"] * math.log(of_row.phases[-1].peak / 0.002)
 
 

@@ -15,6 +15,8 @@ transfer: tau times the tokens of all other tasks are added (an exchange factor 
     Longpre et al. 2025, arXiv 2510.22037).
 efficiency: the effective tokens are multiplied by a power of N, since larger models reach a loss
     with fewer of them (Kaplan et al. 2020, arXiv 2001.08361).
+capacity: the penalty is multiplied by (N/U)^omega, since models that are larger for their text
+    memorize it sooner.
 mixing: L = E + K exp(-t p) (Ye et al. 2024, arXiv 2403.16952). multilingual: L = (E + A/N^alpha)
     p^-gamma (He et al. 2024, arXiv 2410.12883). log-linear and constant: what a form must beat.
 
@@ -65,6 +67,7 @@ REPEATS = Bounded("repeats", 0.1, 200.0, (4.0, 15.0), log=True)
 KAPPA = Bounded("kappa", 0.3, 2.5, (1.0,))
 RECENCY = Bounded("recency", -10.0, 40.0, (0.5, 4.0))
 EFFICIENCY = Bounded("efficiency", 0.0, 3.0, (0.5, 1.5))
+OMEGA = Bounded("omega", 0.0, 2.0, (0.3, 1.0))
 TAU = Bounded("tau", 1e-6, 1.0, (3e-3, 0.05), log=True)
 
 
@@ -94,12 +97,14 @@ class Scope:
             phase's tokens, which are subtracted from them.
         schedule: names of the schedule's terms.
         repeats: whether the task's text is repeated in some setting.
+        capacities: number of different ratios of parameters to the tokens of one epoch.
     """
 
     sizes: int
     centers: Centers
     schedule: tuple[str, ...]
     repeats: bool
+    capacities: int
 
     def terms(self, schedule: Schedule) -> tuple[str, ...]:
         """Return the names of the terms that forms with this schedule have."""
@@ -117,11 +122,13 @@ class Form:
     efficiency: bool
     schedule: Schedule
     scope: Scope
+    capacity: bool = False
 
     @property
     def name(self) -> str:
         """The form's name in tables."""
-        parts = [self.core, *(["order"] if self.order else [])]
+        parts = [self.core, *(["capacity"] if self.capacity else [])]
+        parts += ["order"] if self.order else []
         parts += ["transfer"] if self.transfer else []
         parts += ["efficiency"] if self.efficiency else []
         parts += {"peaks": ["peaks"], "all": ["schedule"]}.get(self.schedule, [])
@@ -135,6 +142,7 @@ class Form:
             and self.order >= other.order
             and self.transfer >= other.transfer
             and self.efficiency >= other.efficiency
+            and self.capacity >= other.capacity
             and LEVELS.index(self.schedule) >= LEVELS.index(other.schedule)
         )
 
@@ -154,6 +162,7 @@ class Form:
         own = {"mixing": RATE_OF_MIXING, "multilingual": GAMMA,
                "repetition": REPEATS, "overfitting": KAPPA}  # fmt: skip
         found += [own[self.core]] if self.core in own else []
+        found += [OMEGA] if self.capacity else []
         found += [RECENCY] if self.order else []
         found += [TAU] if self.transfer else []
         return found + ([EFFICIENCY] if self.efficiency else [])
@@ -184,7 +193,9 @@ class Form:
                 columns.append(Column("B", "positive", effective ** -values["beta"]))
         if self.core == "overfitting":
             repeated = table.repeated(self._placed(table, values))
-            columns.append(Column("P", "positive", repeated ** values["kappa"]))
+            share = sizes * TOKEN_UNIT / table.unique
+            penalty = repeated ** values["kappa"] * share ** values.get("omega", 0.0)
+            columns.append(Column("P", "positive", penalty))
         return columns + self._schedule(table)
 
     def _placed(self, table: SettingTable, values: dict[str, float]) -> Vector:
@@ -250,7 +261,8 @@ def scope_of(table: SettingTable) -> Scope:
             basis.append(values)
     sizes = len(np.unique(table.parameters))
     repeats = bool(np.any(table.tokens > table.unique))
-    return Scope(sizes, centers, tuple(taken), repeats)
+    capacities = len(np.unique(np.round(np.log(table.parameters / table.unique), 9)))
+    return Scope(sizes, centers, tuple(taken), repeats, capacities)
 
 
 def forms_of(scope: Scope) -> list[Form]:
@@ -262,6 +274,9 @@ def forms_of(scope: Scope) -> list[Form]:
         kinds = [(False, False), (True, False), (True, True)] if richer else [(False, False)]
         for efficiency in [False, True] if richer and scope.sizes > 1 else [False]:
             found += [Form(core, *kind, efficiency, "main", scope) for kind in kinds]
+    if scope.capacities > 1:
+        penalized = [form for form in found if form.core == "overfitting"]
+        found += [replace(form, capacity=True) for form in penalized]
     of_main = [form for form in found if form.core != "constant"]
     for before, level in pairwise(LEVELS[LEVELS.index("main") :]):
         if scope.terms(level) != scope.terms(before):

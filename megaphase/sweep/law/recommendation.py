@@ -62,6 +62,7 @@ class Recommendation:
     """What is recommended.
 
     Attributes:
+        static: the static recipe with the best minimized losses, whatever the limits.
         unknown: tasks whose losses no law predicts.
         tokenizer: the name of the sweep's.
     """
@@ -71,6 +72,7 @@ class Recommendation:
     target: Target
     candidate: Candidate
     row: LawRow
+    static: Candidate | None
     predictions: Sequence[Prediction]
     unknown: Sequence[str]
     reach: Sequence[Reach]
@@ -140,6 +142,7 @@ def recommend(law: SweepLaw, big: BigRun, target: Target, tokenizer: str) -> Rec
     every = every.joined(scored(first.recipe.around(first)))
     chosen = every.candidates[_best(every, target)]
     row = chosen.big_row(law.rows, big)
+    static = _best_static(every, target)
     fitting = [each for each in law.laws if each.fits]
     named = {task for members in target.members.values() for task in members}
     return Recommendation(
@@ -148,7 +151,8 @@ def recommend(law: SweepLaw, big: BigRun, target: Target, tokenizer: str) -> Rec
         target=target,
         candidate=chosen,
         row=row,
-        predictions=_predictions(law, fitting, row, _best_static(every, target), big),
+        static=static,
+        predictions=_predictions(law, fitting, row, static, big),
         unknown=[each.task for each in law.laws if not each.fits],
         reach=reach_of(law, row),
         proxies=best_proxies([laws[task] for task in sorted(named)], law.rows, row),

@@ -129,8 +129,13 @@ def lines_of(found: Recommendation) -> list[str]:
         "beyond it.",
         "",
         "Predicted validation losses in nats per token, with 95 % intervals (parameters, errors of",
-        "left-out settings, forms that are about as good), and those of the best static recipe:",
+        f"left-out settings, forms that are about as good){':' if found.static is None else ','}",
     ]
+    if found.static is not None:
+        lines.append(
+            f"and those of the best static recipe, {100 * found.static.rate:.3g} % at peak "
+            f"{found.static.last_peak:.3g}:"
+        )
     for each in found.predictions:
         static = "" if each.static is None else f"; static {each.static:.3f}"
         lines.append(f"  {each.task}: {each.loss:.3f} ± {each.half_width:.3f}{static}")

@@ -6,7 +6,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from law_support import EN, HI, MODEL, SMALL, lawful_rows, lawless_rows, row, true_loss
+from law_support import EN, HI, MODEL, SMALL, TRUTH, lawful_rows, lawless_rows, row, true_loss
 
 from megaphase.sweep.law.fitting import fit_form
 from megaphase.sweep.law.forms import forms_of, scope_of
@@ -82,6 +82,18 @@ def test_a_best_peak_that_depends_on_size_and_length_is_found():
     assert min(each.error for each in plain) > 1.5 * law.chosen.error
 
 
+def test_a_penalty_that_grows_with_parameters_for_the_text_is_found():
+    truth = TRUTH | {"hi": HI | {"P": 0.04, "kappa": 1.0, "omega": 0.8}}
+    (law,) = fit_laws(lawful_rows(models=(MODEL, SMALL), steps=(500, 1000), truth=truth), ["hi"])
+    assert law.fits
+    assert law.chosen.form.capacity
+    values = dict(zip(law.fit.parameter_names, law.fit.values, strict=True))
+    widths = dict(zip(law.fit.parameter_names, law.half_widths(), strict=True))
+    assert abs(values["omega"] - 0.8) <= 1.5 * widths["omega"]
+    plain = [each for each in law.tried if not each.form.capacity]
+    assert min(each.error for each in plain) > 1.2 * law.chosen.error
+
+
 def test_no_law_fits_losses_without_one():
     for law in fit_laws(lawless_rows(), ["en", "hi"]):
         assert not law.fits
@@ -115,7 +127,8 @@ def test_left_out_errors_are_of_fits_to_the_other_settings():
 def test_terms_that_a_sweep_cannot_identify_are_left_out():
     rows = lawful_rows()
     scope = scope_of(SettingTable.of([each[0] for each in setting_groups(rows)], "hi"))
-    assert scope.sizes == 1
+    assert scope.sizes == scope.capacities == 1
+    assert not any(form.capacity for form in forms_of(scope))
     assert "ln peak squared" not in scope.schedule  # two peaks
     assert "end" not in scope.schedule  # one schedule
     assert all("A" not in _names(form, rows) for form in forms_of(scope))

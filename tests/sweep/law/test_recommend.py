@@ -108,6 +108,7 @@ def test_the_run_file_is_valid_and_says_why(tmp_path):
     for words in (
         "Target: {hi: min, en: within 0.03 of static}",
         "Predicted validation losses",
+        f"and those of the best static recipe, {100 * found.static.rate:.3g} % at peak ",
         "above the sweep's range",
         "Further runs",
     ):
