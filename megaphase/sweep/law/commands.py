@@ -30,6 +30,15 @@ def recommend_command(
         ),
     ],
     out: Annotated[Path, typer.Option(callback=named, help="The new run file; it must not exist.")],
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            callback=named,
+            help="Also write a page with the laws of these sweeps: whether they fit, and the "
+            "predicted beside the measured losses.",
+        ),
+    ] = None,
     steps: Annotated[
         int | None,
         typer.Option(min=1, max=MOST, help="Budget in steps; by default that of the run file."),
@@ -55,9 +64,11 @@ def recommend_command(
     big-tuned.yaml
     """
 
+    from megaphase.report.report_files import refuse_all_but_report
     from megaphase.sweep.directory import load_sweep_record
     from megaphase.sweep.law.big_run import read_big_run
     from megaphase.sweep.law.recommendation import recommend
+    from megaphase.sweep.law.section import write_law_page
     from megaphase.sweep.law.sweep_law import SweepLaw, combined
     from megaphase.sweep.law.target import parse_target
     from megaphase.sweep.law.tuned_run import lines_of, refuse_existing, write_tuned_run
@@ -65,13 +76,20 @@ def recommend_command(
     if steps is not None and tokens is not None:
         raise InputError("--tokens", "--steps is also given", "give one of them")
     refuse_existing(out)
+    if report is not None:
+        refuse_all_but_report(report, "--report")
     records = [load_sweep_record(folder) for folder in sweeps]
     rows = combined(sweeps, records)
     wanted = parse_target(target, rows.high, rows.low)
     big = read_big_run(run, rows.tasks, steps=steps, tokens=tokens, epoch_tokens=epoch_tokens or [])
     tokenizer = Path(records[0].sweep.base["tokenizer"]).name
-    found = recommend(SweepLaw.of_rows(rows), big, wanted, tokenizer)
-    write_tuned_run(found, out)
+    law = SweepLaw.of_rows(rows)
     console = new_console(highlight=False)
+    if report is not None:
+        names = [each.sweep.output.name for each in records]
+        page = write_law_page(law, names, report, "--report")
+        console.print(f"Laws: {page}", markup=False, soft_wrap=True)
+    found = recommend(law, big, wanted, tokenizer)
+    write_tuned_run(found, out)
     for line in [*lines_of(found), "", f"Run file: {out}"]:
         console.print(line, markup=False, soft_wrap=True)

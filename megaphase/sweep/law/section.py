@@ -1,9 +1,9 @@
-"""The section on laws in the page of a sweep: verdicts, tables, plot, numbers."""
+"""The section on laws in the page of a sweep, and a page of its own for the laws of several."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from megaphase.report.numbers import Row, write_table
 from megaphase.report.page import Cell, PageTable, Plot, draw_plot, render
-from megaphase.report.report_files import PLOTS_FOLDER
+from megaphase.report.report_files import NUMBERS_FOLDER, PLOTS_FOLDER, PageContent, write_page
 from megaphase.report.run_page import NOTHING
 from megaphase.sweep.law.figure import predictions_plot
 from megaphase.sweep.law.law import RULE, TaskLaw
@@ -42,6 +42,34 @@ def law_section(law: SweepLaw, out: Path) -> Markup:
         parameters=_parameters_table(law),
         figure=drawn,
     )
+
+
+def write_law_page(law: SweepLaw, sweeps: Sequence[str], out: Path, option: str) -> Path:
+    """Write a report on the laws of sweeps alone, as `write_page` does; return its page.
+
+    Raises:
+        InputError: `out` contains anything other than an earlier report.
+    """
+    rows = law.rows.rows
+    sizes, steps = law.sizes, sorted({row.steps for row in rows})
+    lead = f"{law.settings} settings, {len(rows)} runs"
+    if rows:
+        lead += (
+            f"; {_range(sizes)} parameters without embeddings and output projection, "
+            f"{_range(steps)} steps"
+        )
+
+    def content(folder: Path) -> PageContent:
+        section = law_section(law, folder)
+        article = render("laws.html", name=", ".join(sweeps), lead=f"{lead}.", law=section)
+        (folder / NUMBERS_FOLDER).mkdir()
+        return PageContent([article], write_law_numbers(law, folder / NUMBERS_FOLDER))
+
+    return write_page(out, "Laws", content, option)
+
+
+def _range(values: Sequence[int]) -> str:
+    return f"{values[0]:,}" if len(values) == 1 else f"{values[0]:,} to {values[-1]:,}"
 
 
 def verdict_sentence(law: TaskLaw) -> str:
@@ -103,7 +131,8 @@ def _parameters_table(law: SweepLaw) -> PageTable | None:
         return None
     note = (
         "± half of a 95 % interval from the fit’s Jacobian and Student’s t; none for a parameter "
-        "at its bound. Units: D in 10,000 tokens, N in millions of parameters without embeddings."
+        "at its bound. Units: D and U in 10,000 tokens, N in millions of parameters without "
+        "embeddings."
     )
     return PageTable(["task", "parameter", "value", "interval"], rows, note)
 

@@ -102,6 +102,24 @@ def test_a_recommendation_is_written(sweep, tmp_path):
     assert (tmp_path / "same.yaml").read_bytes() == before
 
 
+def test_the_laws_have_a_page_of_their_own_even_where_nothing_is_recommended(sweep, tmp_path):
+    (tmp_path / "big.yaml").write_text(yaml.safe_dump(BIG))
+    tokens = [f"--epoch-tokens={task}={count}" for task, count in TOKENS.items()]
+    options = ["--run", "big.yaml", "--out", "new.yaml", "--report", "laws", *tokens]
+    ended = run(sweep, *options, "--steps", "90", "--target", "{high: min}", cwd=tmp_path)
+    assert ended.returncode == 1
+    assert ended.stdout.splitlines()[0] == "Laws: laws/index.html"
+    page = (tmp_path / "laws" / "index.html").read_text()
+    assert "28 runs" in page
+    assert (tmp_path / "laws" / "plots" / "law.png").is_file()
+    predictions = csv.DictReader((tmp_path / "laws" / "numbers" / "law_predictions.csv").open())
+    assert len(list(predictions)) == 14 * 4
+    (tmp_path / "laws" / "notes.txt").write_text("mine")
+    ended = run(sweep, *options, "--target", "{high: min}", cwd=tmp_path)
+    assert ended.returncode == 2
+    assert "notes.txt, which is not part of a report; give --report a new directory" in ended.stderr
+
+
 def test_what_is_wrong_is_one_line(sweep, tmp_path):
     (tmp_path / "big.yaml").write_text(yaml.safe_dump(BIG))
     options = ["--run", "big.yaml", "--out", "new.yaml"]
