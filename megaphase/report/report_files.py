@@ -32,18 +32,14 @@ class PageContent:
     tables_note: str = ""
 
 
-def write_page(
-    out: Path, title: str, content_of: Callable[[Path], PageContent], option: str = "--out"
-) -> Path:
+def write_page(out: Path, title: str, content_of: Callable[[Path], PageContent]) -> Path:
     """Write a report into the directory `out`, replacing an earlier one; return its page.
 
     content_of: writes plots and numbers into the folder that it is given, and returns the rest.
-    option: the one that `out` was given with, for messages.
 
     Raises:
         InputError: `out` contains anything other than an earlier report.
     """
-    refuse_all_but_report(out, option)
     with _replacing_report(out) as folder:
         content = content_of(folder)
         text = page.document(
@@ -56,6 +52,7 @@ def write_page(
 @contextmanager
 def _replacing_report(out: Path) -> Iterator[Path]:
     """Yield a temporary directory that replaces `out` when the block ends without an error."""
+    refuse_all_but_report(out)
     former = out.with_name(f".{out.name}.{os.getpid()}.former")
     try:
         with directory_written_aside(out) as folder:
@@ -69,8 +66,11 @@ def _replacing_report(out: Path) -> Iterator[Path]:
     shutil.rmtree(former, ignore_errors=True)
 
 
-def refuse_all_but_report(out: Path, option: str) -> None:
-    """Raise InputError unless `out` is an earlier report and nothing else, since it is removed."""
+def refuse_all_but_report(out: Path, option: str = "--out") -> None:
+    """Raise InputError unless `out` is an earlier report and nothing else, since it is removed.
+
+    option: the one that `out` was given with, for the message.
+    """
     if not out.exists():
         return
     remedy = f"give {option} a new directory"

@@ -87,7 +87,7 @@ def recommend_command(
     console = new_console(highlight=False)
     if report is not None:
         names = [each.sweep.output.name for each in records]
-        page = write_law_page(law, names, report, "--report")
+        page = write_law_page(law, names, report)
         console.print(f"Laws: {page}", markup=False, soft_wrap=True)
     found = recommend(law, big, wanted, tokenizer)
     write_tuned_run(found, out)

@@ -189,13 +189,14 @@ class Form:
             if self.core == "mixing":
                 columns.append(Column("K", "positive", np.exp(-values["t"] * table.rate)))
             else:
-                effective = self._effective(table, values) / TOKEN_UNIT
+                placed = self._placed(table, values)
+                effective = self._effective(table, placed, values) / TOKEN_UNIT
                 columns.append(Column("B", "positive", effective ** -values["beta"]))
-        if self.core == "overfitting":
-            repeated = table.repeated(self._placed(table, values))
-            share = sizes * TOKEN_UNIT / table.unique
-            penalty = repeated ** values["kappa"] * share ** values.get("omega", 0.0)
-            columns.append(Column("P", "positive", penalty))
+                if self.core == "overfitting":
+                    share = sizes * TOKEN_UNIT / table.unique
+                    penalty = table.repeated(placed) ** values["kappa"]
+                    penalty = penalty * share ** values.get("omega", 0.0)
+                    columns.append(Column("P", "positive", penalty))
         return columns + self._schedule(table)
 
     def _placed(self, table: SettingTable, values: dict[str, float]) -> Vector:
@@ -203,9 +204,8 @@ class Form:
         tokens: Vector = table.tokens * (table.order(values["recency"]) if self.order else 1.0)
         return tokens
 
-    def _effective(self, table: SettingTable, values: dict[str, float]) -> Vector:
-        """Return the effective tokens of the task."""
-        tokens = self._placed(table, values)
+    def _effective(self, table: SettingTable, tokens: Vector, values: dict[str, float]) -> Vector:
+        """Return the effective tokens of the task; tokens: those weighted by their place."""
         if self.core == "repetition":
             most = values["repeats"]
             gained = most * (1 - np.exp(-table.repeated(tokens) / most))

@@ -44,7 +44,7 @@ def law_section(law: SweepLaw, out: Path) -> Markup:
     )
 
 
-def write_law_page(law: SweepLaw, sweeps: Sequence[str], out: Path, option: str) -> Path:
+def write_law_page(law: SweepLaw, sweeps: Sequence[str], out: Path) -> Path:
     """Write a report on the laws of sweeps alone, as `write_page` does; return its page.
 
     Raises:
@@ -65,7 +65,7 @@ def write_law_page(law: SweepLaw, sweeps: Sequence[str], out: Path, option: str)
         (folder / NUMBERS_FOLDER).mkdir()
         return PageContent([article], write_law_numbers(law, folder / NUMBERS_FOLDER))
 
-    return write_page(out, "Laws", content, option)
+    return write_page(out, "Laws", content)
 
 
 def _range(values: Sequence[int]) -> str:
