@@ -25,8 +25,8 @@ from megaphase.sweep.pareto.figures import (
     translation_plot,
 )
 from megaphase.sweep.pareto.fronts import ArmFront, ModelFronts
-from megaphase.sweep.pareto.overfit import best_by_mixture, single_stage_points
-from megaphase.sweep.pareto.points import Point, best_of
+from megaphase.sweep.pareto.overfit import single_stage_points
+from megaphase.sweep.pareto.points import Point, best_by_mixture, best_of
 from megaphase.sweep.pareto.view import SweepView
 
 STEEP = "The steep beginning may be cut off at the top, as is then noted."
@@ -52,7 +52,7 @@ def overfitting_figure(view: SweepView, fronts: ModelFronts) -> Plot | None:
         "Low-resource training and validation loss",
         "Where the two separate, the model memorizes its few texts: see how far the solid "
         "line rises from its lowest point (circle) while the dashed one keeps falling. One panel "
-        f"per mixture, at its best peak. {labels.sentence}{STEEP}{more}",
+        f"per mixture and peak. {labels.sentence}{STEEP}{more}",
         partial(
             overfitting_plot, shown, view.curves, view.record.sweep.low, titles, view.styles
         ),

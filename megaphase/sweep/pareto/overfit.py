@@ -9,7 +9,7 @@ import numpy as np
 
 from megaphase.sweep.pareto.curves import RunCurves, mean_curve
 from megaphase.sweep.pareto.fronts import ModelFronts
-from megaphase.sweep.pareto.points import Point, best_of
+from megaphase.sweep.pareto.points import Point
 
 
 @dataclass(frozen=True)
@@ -32,27 +32,18 @@ class Overfit:
         return self.end - self.best
 
 
-def best_by_mixture(points: Sequence[Point]) -> list[Point]:
-    """Return, of all settings that differ only in the last peak, the one with the lowest mean loss
-    of both groups."""
-    groups: dict[object, list[Point]] = {}
-    for point in points:
-        groups.setdefault(point.setting.without_last_peak, []).append(point)
-    found = (best_of(each) for each in groups.values())
-    return [point for point in found if point is not None]
-
-
 def single_stage_points(fronts: ModelFronts) -> list[Point]:
-    """Return the best peak for every mixture of the single-phase arms."""
-    return best_by_mixture(
-        [point for arm in fronts.arms for point in arm.points if len(point.setting.peaks) == 1]
-    )
+    """Return all settings of the arms of one phase.
+
+    Not the best peak of each mixture alone: the best is more often one that has not overfit.
+    """
+    return [point for arm in fronts.arms for point in arm.points if len(point.setting.peaks) == 1]
 
 
 def overfits(
     fronts: ModelFronts, curves: Mapping[str, RunCurves], low: Sequence[str]
 ) -> list[Overfit]:
-    """Return the overfitting of every mixture of the single-phase arms, task by task."""
+    """Return the overfitting of every setting of the single-phase arms, task by task."""
     return [_overfit(point, curves, task) for point in single_stage_points(fronts) for task in low]
 
 

@@ -184,3 +184,13 @@ def front_of(points: Sequence[Point]) -> list[Point]:
 def best_of(points: Iterable[Point]) -> Point | None:
     """Return the point with the lowest mean loss of both groups on the validation split."""
     return min(points, key=lambda point: point.chosen_by.mean, default=None)
+
+
+def best_by_mixture(points: Iterable[Point]) -> list[Point]:
+    """Return, of all settings that differ only in the last peak, the one with the lowest mean loss
+    of both groups."""
+    groups: dict[object, list[Point]] = {}
+    for point in points:
+        groups.setdefault(point.setting.without_last_peak, []).append(point)
+    found = (best_of(each) for each in groups.values())
+    return [point for point in found if point is not None]

@@ -142,8 +142,8 @@ def overfitting_table(view: SweepView, fronts: ModelFronts) -> PageTable:
         *("lowest", "at step", "at the end", "risen by", "epochs"),
     )
     note = (
-        "Validation loss, nats per token, of the arms of one phase: every mixture at its best "
-        f"peak. ⚠ risen by more than {RISING_NATS:g} nats. Epochs: to the end."
+        "Validation loss, nats per token, of every setting of the arms of one phase. "
+        f"⚠ risen by more than {RISING_NATS:g} nats. Epochs: to the end."
     )
     return PageTable(columns, rows, note)
 
