@@ -8,8 +8,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from scipy import stats
 
 from megaphase.utils.errors import InputError
 
@@ -104,24 +106,55 @@ def test_the_chosen_settings_are_written_as_arms(annealing: ModuleType) -> None:
     }
 
 
-def test_the_primary_contrast_is_paired_by_seed_on_the_test_split(annealing: ModuleType) -> None:
-    # Recipes differ between arms here, as they do in the sweeps.
-    own = {
-        arm: [recipe(0.01 * i), recipe(0.1 + 0.01 * i)] for i, arm in enumerate(annealing.ARMS, 1)
-    }
-    sets = [[], []]
-    for number, seeds in enumerate(((11, 12), (13,))):
-        for i, arm in enumerate(annealing.ARMS, 1):
+def confirmed(module: ModuleType, seeds: Any) -> tuple[Any, list[list[Any]]]:
+    """The two settings of each arm, which differ between arms, and their runs by set."""
+    own = {arm: [recipe(0.01 * i), recipe(0.1 + 0.01 * i)] for i, arm in enumerate(module.ARMS, 1)}
+    sets: list[list[Any]] = [[] for _ in seeds]
+    for found, of_set in zip(sets, seeds, strict=True):
+        for i, arm in enumerate(module.ARMS, 1):
             for rate in (0.01 * i, 0.1 + 0.01 * i):
                 noise = 0.02 if arm == "two-phase" else 0.01
                 low = 5.0 - 0.1 * i
-                sets[number] += runs(annealing, arm, rate, 3.0, low, seeds=seeds, noise=noise)
+                found += runs(module, arm, rate, 3.0, low, seeds=of_set, noise=noise)
+    return own, sets
+
+
+def test_the_primary_contrast_is_paired_by_seed_with_sets_as_blocks(annealing: ModuleType) -> None:
+    own, sets = confirmed(annealing, annealing.SEEDS)
     lines = annealing.table(own, sets, groups(annealing))
-    # Low: 4.6 + 0.02 seed against 4.8 + 0.01 seed; S is half of the difference.
-    assert lines[0].startswith("primary: two-phase - restart, S: -0.0400 ± 0.0124")
-    assert lines[1] == "by set of documents: -0.0425, -0.0350"
-    assert lines[2] == "bits per byte: -0.0500"
+    # Low: 4.6 + 0.02 seed against 4.8 + 0.01 seed; S is half of the difference. By numpy and scipy:
+    values = [np.array([-0.1 + 0.005 * seed for seed in seeds]) for seeds in annealing.SEEDS]
+    variance = sum(((each - each.mean()) ** 2).sum() for each in values) / 7
+    error = np.sqrt(variance * sum(1 / len(each) for each in values)) / 3
+    mean, half = np.mean([each.mean() for each in values]), stats.t.ppf(0.9875, 7) * error
+    p = 2 * stats.t.sf(abs(mean) / error, 7)
+    assert abs(mean) > half
+    assert lines[0] == (
+        f"primary: two-phase - restart, S: {mean:+.4f} ± {half:.4f} (p = {p:.3g}): the order gains"
+    )
+    assert lines[1] == "by set of documents: " + ", ".join(f"{e.mean():+.4f}" for e in values)
+    assert lines[2].startswith("bits per byte: -0.0500 ± ")
     assert sum(line.startswith(("| first", "| second")) for line in lines) == 2 * 5 * 5 - 1
+
+
+def test_a_setting_of_which_a_run_diverged_has_lost(annealing: ModuleType) -> None:
+    own, sets = confirmed(annealing, annealing.SEEDS)
+    for i, run in enumerate(sets[1]):
+        if (run.arm, run.recipe) in (("keep", own["keep"][1]), ("restart", own["restart"][0])):
+            sets[1][i] = annealing.Run(run.arm, run.recipe, run.seed, {}, {}, {})
+    lines = annealing.table(own, sets, groups(annealing))
+    assert lines[0] == ("primary: two-phase - restart: restart lost (diverged: restart 3 of 10)")
+    assert (
+        "| first | restart - static | all | restart lost (diverged: restart 3 of 10) | | |" in lines
+    )
+    assert "| second | keep - static | all | keep lost (diverged: keep 3 of 10) | | |" in lines
+    assert sum("| first | keep - static |" in line for line in lines) == 5
+
+
+def test_other_seeds_than_those_of_the_plan_are_refused(annealing: ModuleType) -> None:
+    own, sets = confirmed(annealing, ((11, 12), (15, 16, 17), (18, 19, 20)))
+    with pytest.raises(InputError, match="seeds"):
+        annealing.table(own, sets, groups(annealing))
 
 
 def test_runs_without_a_test_split_are_refused(annealing: ModuleType) -> None:

@@ -13,13 +13,17 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from functools import cached_property
+from itertools import chain, product
+from math import sqrt
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from scipy.special import stdtrit
+
 from megaphase.sweep.directory import SweepRecord, load_sweep_record
-from megaphase.sweep.pareto.statistics import estimate, holm
+from megaphase.sweep.pareto.statistics import Estimate, holm
 from megaphase.utils.errors import InputError
 
 ARMS = ("static", "restart", "keep", "two-phase")
@@ -30,6 +34,10 @@ SECONDARY = (
     ("two-phase", "static"),
     ("two-phase", "keep"),
 )
+# The seeds of the three confirmations, each with documents of its own.
+SEEDS = (range(11, 15), range(15, 18), range(18, 21))
+# Of the intervals: two data sets are judged, each at half of 5 %.
+CONFIDENCE = 0.975
 # The second setting of an arm may cost at most this much of the high-resource loss, in nats.
 ALLOWED = 0.05
 
@@ -145,16 +153,75 @@ def confirmed_sections(chosen: Mapping[str, Sequence[Recipe]]) -> str:
     return "\n".join(lines)
 
 
-def differences(
-    runs: Iterable[Run], one: Recipe, other: Recipe, of: Callable[[Run], float]
-) -> dict[int, float]:
-    """Return one setting's value minus the other's by seed, for the seeds of both."""
-    values: dict[Recipe, dict[int, float]] = {one: {}, other: {}}
-    for run in runs:
-        if run.recipe in values:
-            values[run.recipe][run.seed] = of(run)
-    seeds = sorted(values[one].keys() & values[other].keys())
-    return {seed: values[one][seed] - values[other][seed] for seed in seeds}
+@dataclass(frozen=True)
+class Difference:
+    """The mean of paired differences over sets of documents, each set with the same weight.
+
+    Sets are blocks: the error is that of the seeds within a set, pooled, so what is concluded
+    holds for these sets of documents.
+    """
+
+    of_sets: Sequence[Sequence[float]]
+
+    @property
+    def means(self) -> list[float]:
+        return [fmean(own) for own in self.of_sets]
+
+    @property
+    def mean(self) -> float:
+        return fmean(self.means)
+
+    @cached_property
+    def _estimate(self) -> Estimate:
+        squares = (
+            (value - mean) ** 2
+            for own, mean in zip(self.of_sets, self.means, strict=True)
+            for value in own
+        )
+        freedom = sum(len(own) - 1 for own in self.of_sets)
+        shares = sum(1 / len(own) for own in self.of_sets)
+        error = sqrt(sum(squares) / freedom * shares) / len(self.of_sets)
+        return Estimate(self.mean, error, freedom + 1)
+
+    @property
+    def half_width(self) -> float:
+        """Half of the interval's width, by Student's t."""
+        assert self._estimate.error is not None
+        return float(stdtrit(self._estimate.n - 1, (1 + CONFIDENCE) / 2)) * self._estimate.error
+
+    @property
+    def p(self) -> float:
+        """The two-sided probability of such a mean where the true one is 0."""
+        assert self._estimate.p is not None
+        return self._estimate.p
+
+    @property
+    def sign(self) -> int:
+        """-1 or 1 if the whole interval is below or above 0, otherwise 0."""
+        return 0 if abs(self.mean) <= self.half_width else -1 if self.mean < 0 else 1
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """One setting minus another one.
+
+    diverged: how many runs of the one and of the other did. A setting of which one did has lost.
+    """
+
+    one: Sequence[Mapping[int, Run]]
+    other: Sequence[Mapping[int, Run]]
+
+    @property
+    def diverged(self) -> tuple[int, int]:
+        one, other = (
+            sum(not run.validation for own in sets for run in own.values())
+            for sets in (self.one, self.other)
+        )
+        return one, other
+
+    def difference(self, of: Callable[[Run], float]) -> Difference:
+        pairs = zip(self.one, self.other, strict=True)
+        return Difference([[of(one[s]) - of(other[s]) for s in one] for one, other in pairs])
 
 
 def table(
@@ -163,13 +230,55 @@ def table(
     """Return the lines of the result: the primary contrast, then all others, corrected by Holm.
 
     Raises:
-        InputError: a run has no losses on a test split.
+        InputError: a run has no losses on a test split, or the seeds are not those of the plan.
     """
-    runs = list(chain.from_iterable(sets))
-    if any(run.validation and not run.test for run in runs):
+    if any(run.validation and not run.test for run in chain.from_iterable(sets)):
         raise InputError("test", "the sweep has no losses on a test split", "set test.fraction")
-    if any(not run.validation for run in runs):
-        raise InputError("runs", "a run has diverged, and its setting has lost: no mean is given")
+
+    def runs_with(recipe: Recipe) -> list[Mapping[int, Run]]:
+        found: list[Mapping[int, Run]] = [
+            {run.seed: run for run in own if run.recipe == recipe} for own in sets
+        ]
+        if (seeds := [sorted(own) for own in found]) != [list(own) for own in SEEDS]:
+            raise InputError("seeds", f"the plan has {[*map(list, SEEDS)]}, a setting {seeds}")
+        return found
+
+    def contrast(names: tuple[str, str], number: int) -> Contrast:
+        one, other = (runs_with(chosen[name][number]) for name in names)
+        return Contrast(one, other)
+
+    lines = [
+        *_primary_lines(contrast(PRIMARY, 0), groups),
+        "",
+        f"Intervals: {100 * CONFIDENCE:g} %, not corrected. Holm: over all rows of this table.",
+        "",
+        "| settings | contrast | measure | difference | p | p after Holm |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    rows: list[tuple[str, Difference | str]] = []
+    for number, names in product((0, 1), (PRIMARY, *SECONDARY)):
+        label = f"| {('first', 'second')[number]} | {' - '.join(names)}"
+        found = contrast(names, number)
+        if any(found.diverged):
+            rows.append((f"{label} | all", _lost(names, found)))
+            continue
+        rows += [
+            (f"{label} | {measure}", found.difference(of))
+            for measure, of in _measures(groups).items()
+            if (number, names, measure) != (0, PRIMARY, "S")
+        ]
+    corrected = iter(holm([each.p for _, each in rows if isinstance(each, Difference)]))
+    for label, each in rows:
+        if isinstance(each, str):
+            lines.append(f"{label} | {each} | | |")
+        else:
+            value = f"{each.mean:+.4f} ± {each.half_width:.4f}"
+            lines.append(f"{label} | {value} | {each.p:.3g} | {next(corrected):.3g} |")
+    return lines
+
+
+def _measures(groups: Groups) -> dict[str, Callable[[Run], float]]:
+    """Return what is compared on the test split, in nats per token."""
     measures: dict[str, Callable[[Run], float]] = {
         "S": lambda run: groups.measure(run.test),
         "high": lambda run: groups.high_loss(run.test),
@@ -177,41 +286,37 @@ def table(
     }
     for task in (*groups.high, *groups.low):
         measures[task] = lambda run, task=task: run.test[task]
+    return measures
 
-    def pair(names: tuple[str, str], number: int) -> tuple[Recipe, Recipe]:
-        return chosen[names[0]][number], chosen[names[1]][number]
 
-    first = pair(PRIMARY, 0)
-    primary = estimate(list(differences(runs, *first, measures["S"]).values()))
-    of_sets = [fmean(differences(own, *first, measures["S"]).values()) for own in sets]
-    in_bytes = differences(runs, *first, lambda run: groups.measure(run.test_bits_per_byte))
-    lines = [
-        f"primary: {' - '.join(PRIMARY)}, S: {primary.mean:+.4f} ± {primary.half_width:.4f} "
-        f"(p = {primary.p:.3g})",
-        f"by set of documents: {', '.join(f'{each:+.4f}' for each in of_sets)}",
-        f"bits per byte: {fmean(in_bytes.values()):+.4f}",
-        "",
-        "| settings | contrast | measure | difference | p | p after Holm |",
-        "| --- | --- | --- | --- | --- | --- |",
+def _primary_lines(found: Contrast, groups: Groups) -> list[str]:
+    name = " - ".join(PRIMARY)
+    if any(found.diverged):
+        return [f"primary: {name}: {_lost(PRIMARY, found)}"]
+    nats = found.difference(_measures(groups)["S"])
+    in_bytes = found.difference(lambda run: groups.measure(run.test_bits_per_byte))
+    verdict = {-1: "the order gains", 1: "the order loses", 0: "undecided"}[nats.sign]
+    if nats.sign * in_bytes.sign < 0:
+        verdict = "depends on the unit"
+    if len({mean > 0 for mean in nats.means}) > 1:
+        verdict += "; the sets of documents differ in sign"
+    return [
+        f"primary: {name}, S: {nats.mean:+.4f} ± {nats.half_width:.4f} (p = {nats.p:.3g}): "
+        f"{verdict}",
+        f"by set of documents: {', '.join(f'{mean:+.4f}' for mean in nats.means)}",
+        f"bits per byte: {in_bytes.mean:+.4f} ± {in_bytes.half_width:.4f}",
     ]
-    rows = [
-        (
-            number,
-            names,
-            measure,
-            estimate(list(differences(runs, *pair(names, number), of).values())),
-        )
-        for number in (0, 1)
-        for names in (PRIMARY, *SECONDARY)
-        for measure, of in measures.items()
-        if (number, names, measure) != (0, PRIMARY, "S")
+
+
+def _lost(names: tuple[str, str], found: Contrast) -> str:
+    total = sum(map(len, found.one))
+    parts = [
+        f"{name} {count} of {total}"
+        for name, count in zip(names, found.diverged, strict=True)
+        if count
     ]
-    corrected = holm([found.p for *_, found in rows])
-    for (number, names, measure, found), p in zip(rows, corrected, strict=True):
-        ordinal, contrast = ("first", "second")[number], " - ".join(names)
-        value = f"{found.mean:+.4f} ± {found.half_width:.4f}"
-        lines.append(f"| {ordinal} | {contrast} | {measure} | {value} | {found.p:.3g} | {p:.3g} |")
-    return lines
+    lost = "undecided" if len(parts) > 1 else f"{parts[0].split()[0]} lost"
+    return f"{lost} (diverged: {', '.join(parts)})"
 
 
 def main(command: str, screen: str, *confirm: str) -> None:
