@@ -64,8 +64,20 @@ class Sweep(BaseModel):
         return f"{self.file}: {key}"
 
     def kind(self, arm: str) -> Kind:
-        """Return the kind of an arm."""
-        return _kind(self.file, arm, self.config.arms[arm])
+        """Return the kind of an arm.
+
+        A static arm that has settings or early stopping of its own, beside one that has neither, is
+        a regularized one: it is no baseline.
+        """
+        kinds = {name: _kind(self.file, name, each) for name, each in self.config.arms.items()}
+        plain = [
+            name
+            for name, each in self.config.arms.items()
+            if kinds[name] == "static" and not each.settings and each.early_stopping is None
+        ]
+        if kinds[arm] == "static" and plain and arm not in plain:
+            return "regularized"
+        return kinds[arm]
 
 
 def load_sweep(path: Path) -> Sweep:

@@ -117,6 +117,10 @@ def test_what_counts_is_the_average(whole: SweepDirectory) -> None:
     for task in LOW:
         assert outcome.losses[task] == last["validation_average"][task]["loss"]
         assert outcome.losses[task] != last["validation"][task]["loss"]
+        assert (
+            read_runs(load_sweep_record(whole.path)).curves[trial.name].validation[task][-1]
+            == (outcome.losses[task])
+        )
         assert math.isfinite(outcome.losses[task])
 
 

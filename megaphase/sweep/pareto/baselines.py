@@ -1,7 +1,8 @@
 """Which arms are baselines: they train on all tasks and differ from the method in the order alone.
 
 Static mixtures of every kind and restarts of them. An arm with settings, early stopping or a budget
-of its own differs in more, and is compared with the baselines instead.
+of its own differs in more, and is compared with the baselines instead; but a sweep whose static
+arms all have settings has these for baselines.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ def is_baseline(record: SweepRecord, name: str) -> bool:
     """
     sweep = record.sweep
     kind, arm = sweep.kind(name), sweep.config.arms[name]
-    if kind != "phases":
-        return kind in ("static", "restart")
+    if kind == "static":
+        return True
     if arm.settings or arm.early_stopping is not None or arm.budget == "own":
         return False
+    if kind != "phases":
+        return kind == "restart"
     if any("settings" in phase for phase in arm.phases):
         return False
     tasks = [*sweep.high, *sweep.low]

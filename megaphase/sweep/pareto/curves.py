@@ -16,7 +16,7 @@ import numpy as np
 
 from megaphase.report.load_run import load_run
 from megaphase.report.plot_parts import Curve
-from megaphase.report.runs import HeldOutRow, PhasePlan, RunRecord
+from megaphase.report.runs import PhasePlan, RunRecord, ValidationRow
 from megaphase.sweep.directory import SweepRecord
 from megaphase.sweep.pareto.points import Point, reason_of_failure
 from megaphase.sweep.trials import Trial
@@ -31,7 +31,7 @@ class RunCurves:
     Attributes:
         steps: steps of the validations, ascending, over all of these runs.
         switches: steps done when each phase but the first began, ascending.
-        validation: loss by task.
+        validation: loss by task; of the average of the weights, where there is one.
         training: mean loss since the previous validation, by task; NaN if it was not trained on.
         tokens, epochs: of training text so far, by task.
     """
@@ -104,16 +104,16 @@ def _own_curves(run: RunRecord, tasks: Sequence[str]) -> RunCurves:
     return RunCurves(
         steps=steps,
         switches=[step for step, _ in run.switches],
-        validation={
-            task: [_loss(row.validation.get(task)) for row in rows.values()] for task in tasks
-        },
+        validation={task: [_loss(row, task) for row in rows.values()] for task in tasks},
         training=_training_means(run, steps, tasks),
         tokens={task: [tokens for tokens, _ in values] for task, values in seen.items()},
         epochs={task: [epochs for _, epochs in values] for task, values in seen.items()},
     )
 
 
-def _loss(measured: HeldOutRow | None) -> float:
+def _loss(row: ValidationRow, task: str) -> float:
+    """Return the loss of what counts: of the average of the weights as soon as there is one."""
+    measured = (row.validation_average or row.validation).get(task)
     return math.nan if measured is None else measured.loss
 
 

@@ -347,13 +347,25 @@ def test_baselines_are_the_arms_whose_mixture_of_all_tasks_never_changes():
         "cascade": {"phases": [flat | {"share": 0.5}, {"mixture": {"temperature": 5}}]},
         "over": {"phases": [{"mixture": {"temperature": 2, "over": "high"}}]},
         "dropout": {"phases": [flat | {"settings": {"model.dropout": 0.1}}]},
-    }
+        "random": {"kind": "static", "rates": [0.1], "settings": {"phases[*].order": "random"}},
+        "restart-random": {"kind": "restart", "rates": [0.1], "pretrain": [0.8],
+                           "settings": {"phases[*].order": "random"}},
+    }  # fmt: skip
     record = record_of(arms, lambda _: (4.0, 6.0), seeds=[1])
     (fronts,) = fronts_of(record)
     found = [arm.arm for arm in fronts.arms if arm.is_baseline]
     assert found == ["static", "restart", "temperature", "unimax", "restarted"]
     with_static = [c.arm for c in contrasts_of(record, [fronts]) if c.against == "static"]
     assert with_static == [name for name in arms if name != "static"]
+    assert {arm.arm for arm in fronts.arms if arm.kind == "static"} == {"static"}
+
+
+def test_static_arms_with_settings_are_baselines_where_no_other_static_arm_is():
+    settings = {"phases[*].order": "random"}
+    arms = {"random": {"kind": "static", "rates": [0.1], "settings": settings}}
+    record = record_of(arms | {"two-phase": ARMS["two-phase"]}, lambda _: (4.0, 6.0), seeds=[1])
+    (fronts,) = fronts_of(record)
+    assert [arm.arm for arm in fronts.arms if arm.is_baseline] == ["random"]
 
 
 @pytest.mark.parametrize("points", [2, 4, 5, 8])
