@@ -18,17 +18,20 @@ def by_fronts(pairs: Sequence[Pair]) -> list[int]:
     """Return the indices front by front, as NSGA-II does (Deb et al. 2002).
 
     The first front holds the pairs that no other one dominates, the second those that are then not
-    dominated any more, and so on. Within a front the ends come first, then those with the largest
-    crowding distance, so that what is kept spreads over it. Of equal ones the lower mean comes
-    first. Pairs that are not finite come last.
+    dominated any more, and so on. Of the first front the pair with the lowest mean comes first,
+    since settings are compared by means. Within a front the ends follow, then those with the
+    largest crowding distance, so that what is kept spreads over it. Of equal ones the lower mean
+    comes first. Pairs that are not finite come last.
     """
-    left = [i for i, pair in enumerate(pairs) if all(map(math.isfinite, pair))]
-    order: list[int] = []
+    finite = [i for i, pair in enumerate(pairs) if all(map(math.isfinite, pair))]
+    order = sorted(finite, key=lambda i: (fmean(pairs[i]), i))[:1]
+    left = finite
     while left:
         front = [left[i] for i in nondominated([pairs[i] for i in left])]
         distances = _crowding([pairs[i] for i in front])
         by_distance = dict(zip(front, distances, strict=True))
-        order += sorted(front, key=lambda i: (-by_distance[i], fmean(pairs[i]), i))
+        in_order = sorted(front, key=lambda i: (-by_distance[i], fmean(pairs[i]), i))
+        order += [i for i in in_order if i not in order]
         left = [i for i in left if i not in by_distance]
     return order + [i for i in range(len(pairs)) if i not in order]
 
