@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -21,11 +21,14 @@ MOST_LEFT_OUT_ALONE, GROUPS = 100, 10
 REFITTED = 4  # forms whose errors are computed by fits without each setting
 NEAR_NOISE = 2.0
 NEGLIGIBLE_NATS = 0.02
+MOST_NATS = 0.1
+NO_EFFECT_NATS = 1e-4
 CONFIDENCE = 0.95
 RULE = (
     f"A law fits if the root mean square of its errors, each setting left out in turn with all of "
     f"its seeds (of more than {MOST_LEFT_OUT_ALONE} settings, {GROUPS} groups in turn), is at most "
-    f"{NEAR_NOISE:g} times the noise of a setting's mean, or at most {NEGLIGIBLE_NATS:g} nats."
+    f"{NEAR_NOISE:g} times the noise of a setting's mean, or at most {NEGLIGIBLE_NATS:g} nats, "
+    f"and in no case more than {MOST_NATS:g}."
 )
 
 
@@ -82,12 +85,20 @@ class TaskLaw:
     def tolerance(self) -> float | None:
         """The largest error with which a law fits; None if the noise is not known."""
         noise = self.means.noise_of_mean
-        return None if noise is None else max(NEAR_NOISE * noise, NEGLIGIBLE_NATS)
+        return None if noise is None else min(max(NEAR_NOISE * noise, NEGLIGIBLE_NATS), MOST_NATS)
 
     @property
     def fits(self) -> bool:
         """Whether the errors are near the noise."""
         return self.tolerance is not None and self.chosen.error <= self.tolerance
+
+    @cached_property
+    def depends_on_size(self) -> bool:
+        """Whether the loss depends on the number of parameters."""
+        table = self.fit.table
+        larger = replace(table, parameters=2 * table.parameters)
+        change = np.abs(self.fit.predict(larger) - self.fit.predict(table))
+        return float(change.max()) > NO_EFFECT_NATS
 
     @property
     def is_constant(self) -> bool:

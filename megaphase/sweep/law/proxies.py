@@ -26,11 +26,17 @@ LARGER = (1.0, 2.0)
 
 @dataclass(frozen=True)
 class Proxy:
-    """A further run. left: of the variances of the named tasks' predictions, with this run and
-    those before it, as a fraction."""
+    """A further run.
+
+    Attributes:
+        model: the sweep's of this size, if it has a name.
+        left: of the variances of the named tasks' predictions, with this run and those before it,
+            as a fraction.
+    """
 
     candidate: Candidate
     parameters: int
+    model: str | None
     steps: int
     left: float
 
@@ -58,8 +64,10 @@ def best_proxies(laws: Sequence[TaskLaw], rows: LawRows, predicted: LawRow) -> l
     ]
     information = [law.fit.information.copy() for law in laws]
     before = [_variance(matrix, at) for matrix, at in zip(information, wanted, strict=True)]
+    names = {row.parameters: row.setting.model for row in rows.rows if row.setting is not None}
     found: list[Proxy] = []
-    for _ in range(PROXIES):
+    taken: list[int] = []
+    for _ in range(min(PROXIES, len(options))):
         left = np.zeros(len(options))
         for matrix, rows_of, at, first in zip(information, gradients, wanted, before, strict=True):
             covariance = inverse(matrix)
@@ -67,13 +75,21 @@ def best_proxies(laws: Sequence[TaskLaw], rows: LawRows, predicted: LawRow) -> l
             gain = (rows_of @ direction) ** 2
             noise = 1 + np.sum((rows_of @ covariance) * rows_of, axis=1)
             left += (at @ direction - gain / noise) / max(first, 1e-300) / len(laws)
+        left[taken] = np.inf
         # Of equally good ones the cheapest, which come first.
         best = int(np.argmax(left <= left.min() + 0.01))
+        taken.append(best)
         chosen = options[best]
         for i, rows_of in enumerate(gradients):
             information[i] = information[i] + np.outer(rows_of[best], rows_of[best])
         found.append(
-            Proxy(chosen.candidate, chosen.parameters, chosen.row.steps, float(left[best]))
+            Proxy(
+                chosen.candidate,
+                chosen.parameters,
+                names.get(chosen.parameters),
+                chosen.row.steps,
+                float(left[best]),
+            )
         )
     return found
 

@@ -184,9 +184,13 @@ def _check_laws(law: SweepLaw, laws: dict[str, TaskLaw], big: BigRun, target: Ta
     if law.reason is not None:
         raise RunError(f"no law is fitted, so nothing is recommended: {law.reason}")
     named = [task for members in target.members.values() for task in members]
-    for task in dict.fromkeys(named):
-        if not laws[task].fits:
-            raise RunError(f"nothing is recommended. {verdict_sentence(laws[task])}")
+    if misfits := [task for task in dict.fromkeys(named) if not laws[task].fits]:
+        others = [task for task, each in laws.items() if each.fits]
+        raise RunError(
+            f"nothing is recommended. {'; '.join(verdict_sentence(laws[task]) for task in misfits)}"
+            f". Add settings or seeds to the sweep, or name other tasks in {WHERE} (a law fits: "
+            f"{', '.join(others) or 'none'})"
+        )
     minimized = [laws[task] for name in target.minimized for task in target.members[name]]
     if all(each.is_constant for each in minimized):
         raise RunError(f"nothing is recommended. {verdict_sentence(minimized[0])}")

@@ -82,7 +82,11 @@ def verdict_sentence(law: TaskLaw) -> str:
         f"setting’s mean is {noise:.3f}, of a run {of_run:.3f}"
     )
     if not law.fits:
-        return f"{law.task}: no law fits; {numbers}. The best form is {law.chosen.form.name}"
+        assert law.tolerance is not None
+        return (
+            f"{law.task}: no law fits; {numbers}, and at most {law.tolerance:.3f} would do. The "
+            f"best form is “{law.chosen.form.name}”"
+        )
     if law.is_constant:
         return f"{law.task}: no setting changes the loss by more than the noise; {numbers}"
     return f"{law.task}: the form “{law.chosen.form.name}” fits; {numbers}"
@@ -113,8 +117,9 @@ def _forms_table(law: SweepLaw) -> PageTable | None:
             )
     note = (
         "Errors: root mean squares over the settings, in nats. Left out: each setting predicted "
-        "from the others, all of its seeds left out. Bold: the simplest form whose errors are not "
-        "clearly above the lowest. The forms are in docs/recommend.md; all are in law_forms.csv."
+        "from the others, all of its seeds left out. Bold, of the forms whose errors are not "
+        "clearly above the lowest: the constant, or else the one of the tokens D with the fewest "
+        "parameters. The forms are in docs/recommend.md; all are in law_forms.csv."
     )
     columns: list[str | Cell] = [
         "task", "form", "parameters", "error, left out", "error, fitted", "noise of a mean",

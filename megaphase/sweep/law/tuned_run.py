@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from megaphase.config.load import run_config
-from megaphase.sweep.law.candidates import Candidate
+from megaphase.sweep.law.candidates import Candidate, Range
+from megaphase.sweep.law.proxies import Proxy
 from megaphase.sweep.law.recommendation import Recommendation
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import atomic_write_text, real_path
@@ -117,16 +118,17 @@ def lines_of(found: Recommendation) -> list[str]:
     if recipe.kind != "static":
         lines.append(
             f"  first phase: {100 * candidate.share:.3g} % of the steps (tried: "
-            f"{_percent(recipe.share)}), peak {candidate.first_peak:.3g}"
+            f"{_percent(recipe.share)}{_at_end(candidate.share, recipe.share)}), peak "
+            f"{candidate.first_peak:.3g}"
         )
     lines += [
         f"  low-resource rate of the last phase: {100 * candidate.rate:.3g} % "
-        f"(tried: {_percent(recipe.rate)})",
-        f"  peak of the last phase: {candidate.last_peak:.3g} "
-        f"(tried: {recipe.last_peak.low:g} to {recipe.last_peak.high:g})",
+        f"(tried: {_percent(recipe.rate)}{_at_end(candidate.rate, recipe.rate)})",
+        f"  peak of the last phase: {candidate.last_peak:.3g} (tried: "
+        f"{recipe.last_peak.low:g} to {recipe.last_peak.high:g}"
+        f"{_at_end(candidate.last_peak, recipe.last_peak)})",
         "Searched: the recipes of the sweep, within the ranges that it has tried, that repeat no",
-        "text more often than it. Where a value is at an end of its range, a better one may lie",
-        "beyond it.",
+        "text more often than it.",
         "",
         "Predicted validation losses in nats per token, with 95 % intervals (parameters, errors of",
         f"left-out settings, forms that are about as good){':' if found.static is None else ','}",
@@ -150,18 +152,40 @@ def lines_of(found: Recommendation) -> list[str]:
     lines.append("  all other quantities are within its range" if outside else "  nowhere")
     if any(each.name.startswith("parameters") for each in outside):
         lines.append("  peaks are those of the sweep's models; larger ones often need lower ones")
+        if without := [each.task for each in found.law.laws if not each.depends_on_size]:
+            lines.append(f"  laws without an effect of the model's size: {', '.join(without)}")
     if str(big.config.tokenizer.name) != found.tokenizer:
         lines.append(f"  tokenizer {big.config.tokenizer.name}, in the sweep {found.tokenizer}: "
                      "losses per token of two tokenizers differ")  # fmt: skip
-    lines += ["", "Further runs that would narrow the predictions most, the best one first:"]
     lines += [
-        f"  {each.candidate.recipe.kind}, {each.parameters:,} parameters without embeddings, "
+        "",
+        "Further runs that would narrow the predictions most, the best one first, each with those",
+        "before it:",
+    ]
+    lines += [
+        f"  {each.candidate.recipe.kind}, {_model(each)}, "
         f"{each.steps:,} steps, rate {100 * each.candidate.rate:.3g} %"
         f"{_share(each.candidate)}, peak {each.candidate.last_peak:.3g}: "
         f"variance {100 * (1 - each.left):.0f} % lower"
         for each in found.proxies
     ]
     return lines
+
+
+def _model(proxy: Proxy) -> str:
+    size = f"{proxy.parameters:,} parameters without embeddings"
+    return size if proxy.model is None else f"model {proxy.model} ({size})"
+
+
+def _at_end(value: float, tried: Range) -> str:
+    """Say that a value is at an end of its range, so that a better one may lie beyond it."""
+    if tried.low == tried.high:
+        return ""
+    near = 1e-3 * (tried.high - tried.low)
+    for end, name in ((tried.high, "upper"), (tried.low, "lower")):
+        if abs(value - end) <= near:
+            return f"; at the {name} end, a better one may lie beyond it"
+    return ""
 
 
 def _share(candidate: Candidate) -> str:

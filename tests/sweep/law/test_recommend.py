@@ -262,18 +262,41 @@ def test_no_text_is_repeated_more_often_than_the_sweep_has_tried(tmp_path):
     assert found.row.epochs("hi") <= most * (1 + 1e-9)
     ranges = {"static": "tried: 1 to 8 %", "two-phase": "tried: 5 to 40 %"}
     assert any(ranges[found.candidate.recipe.kind] in line for line in lines_of(found))
+    further = [line.split(": variance")[0] for line in lines_of(found) if ": variance" in line]
+    assert len(set(further)) == len(further) == 3
+
+
+def test_values_at_an_end_and_laws_without_an_effect_of_size_are_named(tmp_path):
+    rows = lawful_rows(models=(MODEL, SMALL), steps=(500, 1000))
+    noise = np.random.default_rng(0)
+    rows = [  # Hindi's loss depends on its tokens alone.
+        replace(each, losses={**each.losses,
+                "hi": 4 + 30 / each.tokens("hi") ** 0.5 + 0.001 * noise.normal()})
+        for each in rows
+    ]  # fmt: skip
+    found = recommend(
+        SweepLaw.of_rows(rows_of(rows)), big_run(tmp_path), target("{hi: min}"), "tok"
+    )
+    lines = lines_of(found)
+    assert any("upper end, a better one may lie beyond it" in line for line in lines)
+    assert any("laws without an effect of the model's size: hi" in line for line in lines)
     less = big_run(tmp_path, steps=16_000, epoch_tokens=["en=6_400_000", "hi=1000"])
     with pytest.raises(RunError, match=r"text of hi \d+ times.*tasks\.hi\.subsample"):
         recommend(law(), less, target("{hi: min}"), "tok")
 
 
-def test_a_law_of_rates_holds_for_the_budgets_of_the_sweep_alone(tmp_path):
+def test_a_law_of_rates_holds_for_the_budgets_of_the_sweep_alone(tmp_path, monkeypatch):
     laws = []
     for each in law().laws:
         of_rates = next(tried for tried in each.tried if tried.form.core == "mixing")
         laws.append(replace(each, chosen=of_rates, means=replace(each.means, noise=10.0)))
+    rates = replace(law(), laws=laws)
+    noisy = r"hi: no law fits.*at most 0\.100 would do.*name other tasks in --target \(.*: en"
+    with pytest.raises(RunError, match=noisy):
+        recommend(rates, big_run(tmp_path), target("{hi: min, en: within 0.1}"), "tok")
+    monkeypatch.setattr("megaphase.sweep.law.law.MOST_NATS", 10.0)
     with pytest.raises(RunError, match="holds for the sweep's budget alone"):
-        recommend(replace(law(), laws=laws), big_run(tmp_path), target("{hi: min}"), "tok")
+        recommend(rates, big_run(tmp_path), target("{hi: min}"), "tok")
 
 
 def test_one_budget_tells_nothing_of_another(tmp_path):
