@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from megaphase.callbacks.early_stopping import MONITORED_MEAN
 from megaphase.config.run import RunConfig
@@ -304,6 +304,22 @@ def load_run(run: Path, overrides: Sequence[str] = ()) -> RunConfig:
     moved = config.model_copy(update={"output": real_path(run)})
     moved._path = config._path
     return moved
+
+
+def with_absolute_paths(data: Mapping[str, Any], config: BaseModel) -> dict[str, Any]:
+    """Return the content of a run file, or of a section, with absolute paths; config: the same,
+    checked."""
+
+    def absolute(value: Any, checked: Any) -> Any:
+        if isinstance(checked, Path) and isinstance(value, str):
+            return str(checked)
+        if isinstance(value, dict) and isinstance(checked, BaseModel):
+            return with_absolute_paths(value, checked)
+        if isinstance(value, dict) and isinstance(checked, dict):
+            return {key: absolute(each, checked.get(key)) for key, each in value.items()}
+        return value
+
+    return {key: absolute(value, getattr(config, key, None)) for key, value in data.items()}
 
 
 def run_config(path: Path, data: dict[str, Any]) -> RunConfig:

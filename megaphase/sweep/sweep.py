@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from megaphase.config.load import run_config, set_value
+from megaphase.config.load import run_config, set_value, with_absolute_paths
 from megaphase.config.run import RunConfig
 from megaphase.plan.spec import plan_spec, verified_corpora
 from megaphase.sweep.arms.config import KINDS, PHASES, STAGED, Arm, Kind
@@ -101,12 +101,10 @@ def load_sweep(path: Path) -> Sweep:
     if config.primary is not None:
         _check_primary(f"{path}: primary", config, config.primary, [*high, *low])
     # Paths become absolute; tasks of neither group are left out.
-    tasks = {
-        name: base["tasks"][name] | {"corpus": str(probe.corpus(name))}
-        for name in probe.tasks
-        if name in (*high, *low)
-    }
-    base = base | {"tokenizer": str(probe.tokenizer), "tasks": tasks}
+    for task in (*high, *low):
+        probe.corpus(task)
+    base = with_absolute_paths(base, probe)
+    base["tasks"] = {name: each for name, each in base["tasks"].items() if name in (*high, *low)}
     probe = run_config(run_file, base | _probe(config))
     if config.translation and not any(task.kind == "translation" for task in probe.tasks.values()):
         raise InputError(

@@ -208,7 +208,11 @@ def _phase_rates(phase: dict) -> dict[str, float]:
     mixture = phase["mixture"]
     if "rates" in mixture:
         return mixture["rates"]
-    weights = {task: size ** (1 / mixture["temperature"]) for task, size in TOKENS.items()}
+    weights = {
+        task: size ** (1 / mixture["temperature"])
+        for task, size in TOKENS.items()
+        if task in mixture.get("over", TOKENS)
+    }
     return {task: each / sum(weights.values()) for task, each in weights.items()}
 
 

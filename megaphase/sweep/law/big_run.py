@@ -18,6 +18,11 @@ from megaphase.utils.validation_errors import hint
 from megaphase.utils.yaml_file import read_yaml
 
 EPOCH_TOKENS = "--epoch-tokens"
+# The keys of a phase that a recommendation has instead.
+REPLACED = {
+    *("name", "steps", "tokens", "epochs"),
+    *("mixture", "learning_rate", "optimizer_state"),
+}
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ def read_big_run(
             raise InputError(f"{path}: phases", "there are none", "add --steps or --tokens")
     config = run_config(path, data)
     _check_tasks(config, tasks)
-    _check_batch(config)
+    _check_phases(config)
     batch = config.phase_batch(0)
     step_tokens = batch.samples * batch.seq_len
     given = _given_tokens(epoch_tokens, tasks)
@@ -114,15 +119,22 @@ def _check_tasks(config: RunConfig, tasks: Sequence[str]) -> None:
             )
 
 
-def _check_batch(config: RunConfig) -> None:
-    first = config.phase_batch(0)
-    for number in range(len(config.phases)):
-        batch = config.phase_batch(number)
-        if batch.ramp is not None or batch.seq_len != first.seq_len:
+def _check_phases(config: RunConfig) -> None:
+    """Reject what the recommended phases, which replace these, would not have."""
+    for number, phase in enumerate(config.phases):
+        own = phase.model_dump(exclude_unset=True, exclude_defaults=True)
+        lost = [key for key in own if key not in REPLACED]
+        if config.phase_batch(number).ramp is not None and "batch" not in lost:
             raise InputError(
-                config.where(f"phases[{number}]"),
-                "the batch or seq_len changes over the run, which the law does not know",
-                "leave that out, and add it to the phases that are recommended",
+                config.where("batch"),
+                "the batch changes over the run, which the law does not know",
+                "give it one size",
+            )
+        if lost:
+            raise InputError(
+                config.where(f"phases[{number}].{lost[0]}"),
+                "the recommended phases replace this one, without it",
+                "leave it out, and add it to them",
             )
 
 

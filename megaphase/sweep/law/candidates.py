@@ -198,7 +198,7 @@ def recipes_of(rows: LawRows) -> list[Recipe]:
 def _kind(row: LawRow, low: Sequence[str]) -> Kind | None:
     """Return the form of a run's recipe; None if it is none of those that are recommended."""
     rates = [phase.rate(low) for phase in row.phases]
-    if not 0 < rates[-1] < 1:
+    if not 0 < rates[-1] < 1 or any(phase.changes for phase in row.phases):
         return None
     if len(rates) == 1:
         return "static"

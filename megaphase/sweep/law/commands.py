@@ -9,6 +9,7 @@ import typer
 
 from megaphase.utils.arguments import MOST, named
 from megaphase.utils.errors import InputError
+from megaphase.utils.files import real_path
 from megaphase.utils.standard_streams import new_console
 
 
@@ -76,6 +77,8 @@ def recommend_command(
     if steps is not None and tokens is not None:
         raise InputError("--tokens", "--steps is also given", "give one of them")
     refuse_existing(out)
+    if report is not None and real_path(report) == real_path(out):
+        raise InputError(f"--report {report}", "is also --out", "give another folder")
     if report is not None:
         refuse_all_but_report(report, "--report")
     records = [load_sweep_record(folder) for folder in sweeps]

@@ -147,6 +147,17 @@ class Form:
         )
 
     @property
+    def centers(self) -> list[tuple[str, float]]:
+        """The means that the terms of the schedule subtract from logarithms, by name."""
+        terms, centers = self.scope.terms(self.schedule), self.scope.centers
+        known = (
+            ("mean of ln peak", centers.peak, (*MAIN, *PRODUCTS)),
+            ("mean of ln N", centers.size, PRODUCTS[:1]),
+            ("mean of ln tokens", centers.tokens, PRODUCTS[1:]),
+        )
+        return [(name, value) for name, value, users in known if set(users) & set(terms)]
+
+    @property
     def depends_on_tokens(self) -> bool:
         """Whether the form holds for any budget; the others only know rates."""
         return self.core in TOKEN_CORES

@@ -218,7 +218,16 @@ def _check_laws(law: SweepLaw, laws: dict[str, TaskLaw], big: BigRun, target: Ta
 
 
 def _limits(scored: _Scored, target: Target) -> dict[str, float]:
-    """Return the highest loss that each limit allows."""
+    """Return the highest loss that each limit allows.
+
+    Raises:
+        RunError: it is relative to static recipes, and there are none.
+    """
+    if any(limit.of == "static" for limit in target.limits.values()) and not scored.is_static.any():
+        raise RunError(
+            "nothing is recommended: every static recipe would repeat a text more often than the "
+            f"sweep; write within X, of best, in {WHERE}, or add a sweep with less text"
+        )
     return {
         name: limit.nats
         + float(np.min(scored.losses[name][scored.is_static] if limit.of == "static"

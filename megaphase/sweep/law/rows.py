@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from megaphase.optim.schedules import LearningRateConfig, learning_rate
@@ -24,6 +24,7 @@ class LawPhase:
 
     Attributes:
         tokens: of training text, by task; only of the tasks that it samples.
+        changes: whether its mixture changes within it.
         schedule: name of the schedule, `spans` where it spans several phases.
         end: learning rate of the last step, as a fraction of the peak.
         reset: whether it begins with a fresh optimizer state; True in the first phase.
@@ -37,6 +38,7 @@ class LawPhase:
     end: float
     reset: bool
     learning_rate: Mapping[str, Any] = field(default_factory=dict)
+    changes: bool = False
 
     def rate(self, tasks: Iterable[str]) -> float:
         """Return the sampling rate of these tasks together."""
@@ -49,7 +51,8 @@ class LawRow:
     """One run: what may determine its losses, and the losses.
 
     Attributes:
-        sweep: the directory's name; settings of different sweeps are different.
+        sweep: its name among those that are fitted together; settings of different sweeps are
+            different.
         model: the section of the run file.
         unique: training tokens of one epoch, by task.
         losses: on the validation split, nats per token, by task; empty for a run yet to be trained.
@@ -123,12 +126,14 @@ FAILED = "a run that failed or diverged"
 
 
 def law_rows(
-    record: SweepRecord, phases: Mapping[str, Sequence[PhasePlan]] | None = None
+    record: SweepRecord,
+    phases: Mapping[str, Sequence[PhasePlan]] | None = None,
+    name: str | None = None,
 ) -> LawRows:
     """Return the rows of a sweep, complete or not.
 
     phases: of runs that have been read already, by name, as they were trained; the directories of
-    the others are read.
+    the others are read. name: of the sweep in these rows; by default that of its directory.
 
     A law describes what phases, mixtures, learning rates and model sizes do. So it leaves out
     settings with other values of the run file, those whose weights are not of the last step, and
@@ -143,6 +148,7 @@ def law_rows(
             reason = _unsuitable(record, trial, record.outcomes[trial.name])
             if reason is not None:
                 left_out[trial.setting] = reason
+    name = name or record.sweep.output.name
     trials = {trial.name: trial for trial in record.trials}
     known_phases = dict(phases or {})
     rows = []
@@ -155,7 +161,11 @@ def law_rows(
                     run = load_run(record.directory.run(each.name))
                     known_phases[each.name] = run.plan.phases
             trained = [phase for each in chain for phase in known_phases[each.name]]
-            rows.append(_row(record, trial, _phases(trial, trained)))
+            row = _row(record, trial, _phases(trial, trained), name)
+            if all(task in row.phases[-1].tokens for task in row.losses):
+                rows.append(row)
+            else:
+                left_out[trial.setting] = FORGETTING
     within = record.sweep.config.within
     temperatures = within.high, within.low
     return LawRows(
@@ -163,10 +173,10 @@ def law_rows(
     )
 
 
-def _row(record: SweepRecord, trial: Trial, phases: Sequence[LawPhase]) -> LawRow:
+def _row(record: SweepRecord, trial: Trial, phases: Sequence[LawPhase], sweep_name: str) -> LawRow:
     sweep = record.sweep
     return LawRow(
-        sweep=sweep.output.name,
+        sweep=sweep_name,
         run=trial.name,
         setting=trial.setting,
         seed=trial.seed,
@@ -184,11 +194,6 @@ def _unsuitable(record: SweepRecord, trial: Trial, outcome: Outcome) -> str | No
         return FAILED
     if trial.takes_best or trial.takes_average:
         return OTHER_WEIGHTS
-    rates = trial.phases[-1]["mixture"].get("rates")
-    if rates is not None and any(
-        not rates.get(task) for task in (*record.sweep.high, *record.sweep.low)
-    ):
-        return FORGETTING
     own = {"seed", "output", "phases", "model"}
     of_run = {key: value for key, value in trial.run.items() if key not in own}
     base = {key: value for key, value in record.sweep.base.items() if key not in own}
@@ -207,8 +212,14 @@ def _chain(trial: Trial, trials: Mapping[str, Trial]) -> list[Trial]:
 
 def _phases(trial: Trial, plans: Sequence[PhasePlan]) -> list[LawPhase]:
     return [
-        law_phase(
-            content, plan.steps, {task: share.tokens for task, share in plan.tasks.items()}, i == 0
+        replace(
+            law_phase(
+                content,
+                plan.steps,
+                {task: share.tokens for task, share in plan.tasks.items()},
+                i == 0,
+            ),
+            changes=plan.rates_over_steps is not None,
         )
         for i, (content, plan) in enumerate(zip(trial.phases, plans, strict=True))
     ]

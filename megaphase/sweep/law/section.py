@@ -137,7 +137,8 @@ def _parameters_table(law: SweepLaw) -> PageTable | None:
     note = (
         "± half of a 95 % interval from the fit’s Jacobian and Student’s t; none for a parameter "
         "at its bound. Units: D and U in 10,000 tokens, N in millions of parameters without "
-        "embeddings."
+        "embeddings. From the logarithms in terms of the schedule, where N is in parameters and "
+        "tokens are those of the last phase, their means over the settings are subtracted."
     )
     return PageTable(["task", "parameter", "value", "interval"], rows, note)
 
@@ -149,6 +150,10 @@ def _parameters(law: SweepLaw) -> Iterator[tuple[str, str, str, float, float]]:
             fit.parameter_names, fit.values, each.half_widths(), strict=True
         ):
             yield each.task, each.chosen.form.name, name, float(value), float(half)
+        yield from (
+            (each.task, each.chosen.form.name, name, value, math.nan)
+            for name, value in each.chosen.form.centers
+        )
 
 
 def _nats(value: float | None) -> str:

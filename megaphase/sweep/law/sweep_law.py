@@ -15,6 +15,7 @@ from megaphase.sweep.law.law import TaskLaw, cannot_be_fitted, fit_laws
 from megaphase.sweep.law.rows import LawRow, LawRows, law_rows
 from megaphase.sweep.law.table import setting_groups
 from megaphase.utils.errors import InputError
+from megaphase.utils.files import real_path
 
 
 @dataclass(frozen=True)
@@ -90,12 +91,22 @@ def combined(folders: Sequence[Path], records: Sequence[SweepRecord]) -> LawRows
     """Return the rows of several sweeps over the same tasks.
 
     Raises:
-        InputError: their tasks differ.
+        InputError: their tasks or the temperatures within groups differ, or one is given twice.
     """
-    first, within = records[0].sweep, (1.0, 1.0)
+    first, within = records[0].sweep, records[0].sweep.config.within
+    places = [real_path(folder) for folder in folders]
+    names = [record.sweep.output.name for record in records]
     rows: list[LawRow] = []
     left_out: Counter[str] = Counter()
-    for folder, record in zip(folders, records, strict=True):
+    for i, (folder, record) in enumerate(zip(folders, records, strict=True)):
+        if places.index(places[i]) < i:
+            raise InputError(folder, "is given twice", "give every sweep once")
+        if record.sweep.config.within != within:
+            raise InputError(
+                folder,
+                f"within is {record.sweep.config.within}, but in {folders[0]} {within}",
+                "give sweeps with the same",
+            )
         for group in ("high", "low"):
             if getattr(record.sweep, group) != getattr(first, group):
                 raise InputError(
@@ -104,8 +115,7 @@ def combined(folders: Sequence[Path], records: Sequence[SweepRecord]) -> LawRows
                     f"{', '.join(getattr(first, group))}",
                     "give sweeps over the same tasks",
                 )
-        found = law_rows(record)
+        found = law_rows(record, name=names[i] if names.count(names[i]) == 1 else str(folder))
         rows += found.rows
-        within = found.within
         left_out.update(found.left_out)
-    return LawRows(rows, first.high, first.low, left_out, within)
+    return LawRows(rows, first.high, first.low, left_out, (within.high, within.low))

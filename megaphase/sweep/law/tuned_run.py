@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from megaphase.config.load import run_config
+from megaphase.config.load import run_config, with_absolute_paths
 from megaphase.sweep.law.candidates import Candidate, Range
 from megaphase.sweep.law.proxies import Proxy
 from megaphase.sweep.law.recommendation import Recommendation
@@ -27,7 +27,7 @@ def write_tuned_run(found: Recommendation, out: Path) -> None:
     refuse_existing(out)
     data = copy.deepcopy(dict(found.big.data))
     if real_path(out.parent) != real_path(found.big.path.parent):
-        _make_paths_absolute(data, found)
+        data = with_absolute_paths(data, found.big.config)
     data["phases"] = phases_of(found)
     comments = "".join(f"# {line}".rstrip() + "\n" for line in lines_of(found))
     text = comments + yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
@@ -39,13 +39,6 @@ def refuse_existing(out: Path) -> None:
     """Raise InputError if the file exists."""
     if out.exists() or out.is_symlink():
         raise InputError(f"--out {out}", "exists", "remove it, or give another name")
-
-
-def _make_paths_absolute(data: dict[str, Any], found: Recommendation) -> None:
-    config = found.big.config
-    data["output"], data["tokenizer"] = str(config.output), str(config.tokenizer)
-    for name, task in data["tasks"].items():
-        task["corpus"] = str(config.corpus(name))
 
 
 def phases_of(found: Recommendation) -> list[dict[str, Any]]:

@@ -187,6 +187,22 @@ def test_rates_of_groups():
     assert set(group_rates(rows, {"a": 300, "b": 100, "c": 100, "d": 400}, 0.0)) == {"a", "b"}
 
 
+def test_a_rate_that_changes_within_a_phase_is_no_static_recipe():
+    def highest(rows):
+        (static,) = [each for each in recipes_of(rows_of(rows)) if each.kind == "static"]
+        return static.rate.high
+
+    rows = lawful_rows()
+    most = highest(rows)
+    curved = [
+        replace(row, phases=[replace(row.phases[0], changes=True)])
+        if len(row.phases) == 1 and row.phases[0].rate(["hi"]) == most
+        else row
+        for row in rows
+    ]
+    assert highest(curved) < most
+
+
 def test_wrong_run_files(tmp_path):
     with pytest.raises(InputError, match="the sweep has this task"):
         big_run(tmp_path, BIG | {"tasks": {"en": {"corpus": "data/en"}}})
@@ -195,6 +211,11 @@ def test_wrong_run_files(tmp_path):
     for wrong in ("hi", "hi=x", "hi=0", "xx=5", "=5"):
         with pytest.raises(InputError, match="--epoch-tokens"):
             big_run(tmp_path, epoch_tokens=["en=100", wrong])
+    (phase,) = BIG["phases"]
+    for more in ({"model": {"seq_len": 32}}, {"order": "random"}, {"batch": {"samples": 2}}):
+        with pytest.raises(InputError, match=rf"phases\[0\]\.{next(iter(more))}: .*without it"):
+            big_run(tmp_path, BIG | {"phases": [phase | more]})
+    assert big_run(tmp_path, BIG | {"phases": [phase | {"order": "balanced"}]}).steps > 1
     assert big_run(tmp_path, tokens=1_280_001).steps == 1001
     assert big_run(tmp_path, steps=7).steps == 7
 

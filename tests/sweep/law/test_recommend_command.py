@@ -12,7 +12,10 @@ from sweep_support import HIGH, LOW, TOKENS, TWO_PHASE, write_sweep
 from megaphase.config.load import load_run_file
 from megaphase.sweep.directory import load_sweep_record
 from megaphase.sweep.law.rows import FORGETTING, OTHER_VALUES, OTHER_WEIGHTS, law_rows
+from megaphase.sweep.law.sweep_law import combined
+from megaphase.sweep.law.table import setting_groups
 from megaphase.sweep.pareto.report import SweepReport
+from megaphase.utils.errors import InputError
 
 ARMS = {
     "static": {"rates": [0.05, 0.1, 0.25, 0.5]},
@@ -62,6 +65,28 @@ def test_rows_have_what_the_runs_did(sweep):
             assert last.rate(LOW) == pytest.approx(row.setting.get("rate"), abs=1e-3)
             assert last.reset
             assert last.end == pytest.approx(0.1)
+
+
+def test_sweeps_of_one_name_stay_apart_and_none_counts_twice(sweep, tmp_path):
+    other = write_sweep(tmp_path / "sweep", ARMS, seeds=[1, 2])
+    both = combined([sweep, other], [load_sweep_record(each) for each in (sweep, other)])
+    assert len(setting_groups(both.rows)) == 2 * len(
+        setting_groups(law_rows(load_sweep_record(sweep)).rows)
+    )
+    assert {row.sweep for row in both.rows} == {str(sweep), str(other)}
+    (tmp_path / "link").symlink_to(sweep)
+    with pytest.raises(InputError, match="link: is given twice"):
+        combined([sweep, tmp_path / "link"], [load_sweep_record(sweep)] * 2)
+
+
+def test_arms_that_forget_are_left_out_however_their_mixture_is_given(tmp_path):
+    arms = {
+        "static": {"rates": [0.1]},
+        "over-low": {"phases": [{"mixture": {"temperature": 1, "over": list(LOW)}}]},
+    }
+    found = law_rows(load_sweep_record(write_sweep(tmp_path / "sweep", arms, seeds=[1])))
+    assert found.left_out == {FORGETTING: 2}
+    assert {row.setting.arm for row in found.rows} == {"static"}
 
 
 def test_the_report_has_the_law_and_the_same_bytes_again(sweep, tmp_path):
