@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from shlex import quote
+from typing import Any, NoReturn
 
 import yaml
 from pydantic import BaseModel
@@ -29,9 +30,11 @@ from megaphase.utils.json_models import read_record
 from megaphase.utils.locks import exclusive_lock
 from megaphase.utils.run_files import CHECKPOINTS, METRICS_FILE
 from megaphase.utils.set_aside import make_way_for_directory
+from megaphase.utils.yaml_file import read_yaml
 
 SWEEP_FILE = "sweep.json"
 REMEDY = "give the directory of a megaphase sweep"
+NAMED_KEYS = 3
 
 
 class _Rungs(BaseModel):
@@ -111,6 +114,8 @@ class SweepDirectory:
         def refuse() -> NoReturn:
             raise RunError(f"{self.path}: another process runs this sweep; wait until it ends")
 
+        with os_errors_named(self.path):
+            make_directory(self.path)
         with exclusive_lock(self.path / ".lock", refuse):
             yield
 
@@ -129,13 +134,18 @@ class SweepDirectory:
             InputError: names that file.
         """
         path = self.run_file(trial.name)
-        if path.exists() and path.read_text(encoding="utf-8") != run_file_text(trial):
-            raise InputError(
-                sweep.file,
-                f"{path} was written for other settings",
-                "put them back, or choose another output; only arms, rates, peaks and seeds may "
-                "be added or removed",
-            )
+        if not path.exists() or path.read_bytes() == run_file_text(trial).encode():
+            return
+        before = read_yaml(path)
+        if not (changed := list(_different_keys(before, trial.run))):
+            return
+        raise InputError(
+            sweep.file,
+            f"{path} was written with other values of {', '.join(changed[:NAMED_KEYS])}"
+            + (", …" if changed[NAMED_KEYS:] else ""),
+            "put them back, or choose another output; only arms, rates, peaks and seeds may "
+            "be added or removed, and neither the sweep's directory nor its inputs may be moved",
+        )
 
     def write_outcome(self, name: str, outcome: Outcome) -> None:
         """Record that a run has ended."""
@@ -212,11 +222,24 @@ def load_sweep_record(folder: Path) -> SweepRecord:
     )
 
 
+def _different_keys(one: Any, other: Any, key: str = "") -> Iterator[str]:
+    """Yield the paths of the keys whose values differ."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        for name in [*one, *(name for name in other if name not in one)]:
+            own = f"{key}.{name}" if key else str(name)
+            yield from _different_keys(one.get(name), other.get(name), own)
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        for i, (left, right) in enumerate(zip(one, other, strict=True)):
+            yield from _different_keys(left, right, f"{key}[{i}]")
+    elif one != other:
+        yield key
+
+
 def run_file_text(trial: Trial) -> str:
     """Return the run file, with a comment that shows how to start it by hand."""
     source = ""
     if trial.source is not None:
         runs = Path(trial.run["output"]).parent
-        source = f" --from {runs / trial.source}@{trial.source_phase}"
+        source = f" --from {quote(f'{runs / trial.source}@{trial.source_phase}')}"
     text = yaml.safe_dump(dict(trial.run), sort_keys=False, allow_unicode=True)
     return f"# megaphase train {trial.name}.yaml{source}\n{text}"

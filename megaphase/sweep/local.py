@@ -133,15 +133,15 @@ def run_locally(
     """Train all runs that have not ended yet; returns the outcomes of all that have ended or were
     pruned.
 
-    A run that fails or diverges is recorded and left out; the others continue.
+    A run that fails or diverges is recorded and left out; the others continue. The caller holds the
+    lock of the directory.
 
     Raises:
         InputError: a run's input is invalid; concurrent runs are killed.
-        RunError: another process runs this sweep.
         Stopped: a signal arrived, and the runs have saved.
         EndedAtOnce: a second Ctrl-C arrived, and the runs were killed.
     """
-    with directory.locked(), recorded_signals() as received:
+    with recorded_signals() as received:
         return _Runner(sweep, directory, machine, display, start, received).run()
 
 

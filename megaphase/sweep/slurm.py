@@ -42,7 +42,7 @@ from megaphase.sweep.measurements import (
 )
 from megaphase.sweep.outcome import Outcome
 from megaphase.sweep.planning.pruning import PendingRun, SweepState, sweep_state
-from megaphase.sweep.start import open_sweep, refuse_failures, say_warnings
+from megaphase.sweep.start import checked_sweep, open_sweep, refuse_failures, say_warnings
 from megaphase.sweep.sweep import Sweep
 from megaphase.sweep.trial_run import (
     collect_results,
@@ -83,10 +83,11 @@ def sweep_on_slurm(path: Path, program: Any, *, retry: bool, console: Console) -
         RunError: Slurm refuses a job or does not answer, another process runs this sweep, or all
             runs have ended and some of them have failed.
     """
-    found, directory = open_sweep(path)
+    found, directory = checked_sweep(path)
     jobs = _cluster_jobs(found)
     say_warnings(found, console)
     with directory.locked():
+        directory.prepare(found)
         if retry:
             directory.forget_failures()
         return SlurmSweep(found, directory, jobs, program, console).run_round()

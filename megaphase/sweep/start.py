@@ -20,7 +20,7 @@ from megaphase.sweep.planning.estimate import (
 )
 from megaphase.sweep.sweep import Sweep, load_sweep
 from megaphase.sweep.trial_checks import check_demands, check_run_files
-from megaphase.sweep.trials import Trial, all_trials, count_trials, known_trials
+from megaphase.sweep.trials import all_trials, count_trials, known_trials
 from megaphase.utils.errors import InputError, RunError
 
 NAMED_AT_MOST = 3
@@ -33,14 +33,21 @@ def sweep(path: Path, *, jobs: int, processes: int, retry: bool, console: Consol
 
     Raises:
         InputError: the sweep file or a run file is invalid.
-        RunError: some runs have failed; all others have ended.
+        RunError: another process runs this sweep, or some runs have failed, and all others have
+            ended.
         Stopped: a signal arrived, and the runs have saved.
     """
-    found, directory = open_sweep(path)
-    _refuse_jobs(found, directory)
+    found, directory = checked_sweep(path)
     machine = Machine(jobs, processes, gpus())
-    if retry:
-        directory.forget_failures()
+    with directory.locked():
+        _refuse_jobs(found, directory)
+        directory.prepare(found)
+        if retry:
+            directory.forget_failures()
+        return _train(found, directory, machine, console)
+
+
+def _train(found: Sweep, directory: SweepDirectory, machine: Machine, console: Console) -> Path:
     before = directory.known_outcomes(found)
     total = len(all_trials(found))
     names = {trial.name for trial in known_trials(found, before)}
@@ -60,28 +67,34 @@ def sweep(path: Path, *, jobs: int, processes: int, retry: bool, console: Consol
     return directory.path
 
 
-def open_sweep(path: Path) -> tuple[Sweep, SweepDirectory]:
-    """Check a sweep file and the inputs of its runs; prepare its directory.
+def checked_sweep(path: Path) -> tuple[Sweep, SweepDirectory]:
+    """Check a sweep file, the inputs of its runs, and its directory, in which nothing is written.
 
     Raises:
-        InputError: the file is invalid, or the directory has runs with other settings.
+        InputError: the file or the run file of a run is invalid, an arm wants more text than there
+            is, or the directory has runs with other settings.
     """
     found = load_sweep(path)
-    _checked_trials(found)
-    directory = SweepDirectory(found.output)
-    for trial in known_trials(found, directory.known_outcomes(found)):
-        directory.check_run_file(found, trial)
-    directory.prepare(found)
-    return found, directory
-
-
-def _checked_trials(found: Sweep) -> list[Trial]:
-    """Return all runs; raise InputError if the run file of one is invalid, or its arm wants more
-    text than there is."""
     trials = all_trials(found)
     check_run_files(found, trials)
     check_demands(found, trials)
-    return trials
+    directory = SweepDirectory(found.output)
+    for trial in known_trials(found, directory.known_outcomes(found)):
+        directory.check_run_file(found, trial)
+    return found, directory
+
+
+def open_sweep(path: Path) -> tuple[Sweep, SweepDirectory]:
+    """Likewise, and prepare its directory.
+
+    Raises:
+        InputError: as above.
+        RunError: another process runs this sweep.
+    """
+    found, directory = checked_sweep(path)
+    with directory.locked():
+        directory.prepare(found)
+    return found, directory
 
 
 def say_warnings(found: Sweep, console: Console) -> None:
@@ -143,8 +156,7 @@ def dry_run(
     """
     if trial and card is not None:
         raise InputError("--card", "--trial is also given", "give one of them")
-    found = load_sweep(path)
-    _checked_trials(found)
+    found, _ = checked_sweep(path)
     source = TimeSource(card, Machine(jobs, processes, gpus() if trial else 0))
     say_warnings(found, console)
 

@@ -63,9 +63,10 @@ def run_warm(
 ) -> tuple[Any, SweepDirectory, dict[str, Outcome]]:
     sweep, directory = open_sweep(path)
     machine = Machine(jobs=2, processes=1, gpus=0)
-    return sweep, directory, run_locally(
-        sweep, directory, machine, quiet_display(sweep), start
-    )  # fmt: skip
+    with directory.locked():
+        return sweep, directory, run_locally(
+            sweep, directory, machine, quiet_display(sweep), start
+        )  # fmt: skip
 
 
 def invented(trial: Trial, best: float) -> Outcome:

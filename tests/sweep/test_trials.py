@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from run_support import HIGH, LOW, make_corpora
 from sweep_run_support import STEPS, invented, settings, write
 
 from megaphase.config.load import load_run_file
+from megaphase.sweep.directory import SweepDirectory
 from megaphase.sweep.file import SweepConfig
 from megaphase.sweep.outcome import Outcome
-from megaphase.sweep.start import open_sweep, refuse_failures
+from megaphase.sweep.start import dry_run, open_sweep, refuse_failures
 from megaphase.sweep.sweep import load_sweep
 from megaphase.sweep.trials import Trial, all_trials, known_trials
 from megaphase.utils.errors import InputError, RunError
@@ -238,9 +242,43 @@ def test_runs_of_other_settings_are_refused(corpora: Path, tmp_path: Path) -> No
     open_sweep(path)  # more of them are welcome
     write(tmp_path, settings(corpora, steps=STEPS + 1))
     before = directory.sweep_file.read_text()
-    with pytest.raises(InputError, match="was written for other settings"):
+    with pytest.raises(InputError, match=r"was written with other values of phases\[0\]\.steps"):
         open_sweep(path)
+    with pytest.raises(InputError, match=r"phases\[0\]\.steps"):
+        dry_run(path, Console(quiet=True))
     assert directory.sweep_file.read_text() == before
+
+
+def test_a_moved_sweep_is_refused_with_the_keys_that_have_paths(
+    corpora: Path, tmp_path: Path
+) -> None:
+    path = write(tmp_path, settings(corpora))
+    sweep, directory = open_sweep(path)
+    for trial in known_trials(sweep, {}):
+        directory.write_run_file(sweep, trial)
+    (tmp_path / "out").rename(tmp_path / "moved")
+    write(tmp_path, settings(corpora, output="moved"))
+    with pytest.raises(InputError, match=r"other values of output; .*nor its inputs may be moved"):
+        open_sweep(path)
+    file = SweepDirectory(tmp_path / "moved").run_file(known_trials(sweep, {})[0].name)
+    file.write_bytes(b"\xff")
+    with pytest.raises(InputError, match=f"{file.name}: this is not UTF-8 text"):
+        open_sweep(path)
+
+
+def test_a_sweep_that_another_process_runs_is_left_as_it_is(corpora: Path, tmp_path: Path) -> None:
+    path = write(tmp_path, settings(corpora))
+    _, directory = open_sweep(path)
+    directory.write_outcome("any", Outcome(failed="killed"))
+    write(tmp_path, settings(corpora, seeds=[11, 12]))
+    before = {file: file.read_bytes() for file in directory.path.rglob("*") if file.is_file()}
+    with directory.locked():
+        command = [sys.executable, "-m", "megaphase", "sweep", str(path), "--retry"]
+        ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert "another process runs this sweep" in ended.stderr
+    after = {file: file.read_bytes() for file in directory.path.rglob("*") if file.is_file()}
+    assert after == before
 
 
 PHASES = "[{name: any, steps: 1, mixture: {proportional: true}, learning_rate: {peak: 1e-3}}]"
