@@ -34,6 +34,7 @@ from megaphase.utils.yaml_file import read_yaml
 
 SWEEP_FILE = "sweep.json"
 REMEDY = "give the directory of a megaphase sweep"
+GIVE_AGAIN = "remove the file, and give the sweep command again"
 NAMED_KEYS = 3
 
 
@@ -179,11 +180,35 @@ class SweepDirectory:
     def outcomes(self) -> dict[str, Outcome]:
         """Return the outcomes of all runs that have ended, by name."""
         files = sorted((self.path / "outcomes").glob("*.json"))
-        return {file.stem: read_record(file, Outcome, "remove it") for file in files}
+        return {file.stem: read_record(file, Outcome, GIVE_AGAIN) for file in files}
 
     def known_outcomes(self, sweep: Sweep) -> dict[str, Outcome]:
-        """Return the outcomes of all runs that have ended or were pruned, by name."""
-        return with_pruned(sweep, self.outcomes(), self.rungs())
+        """Return the outcomes of all runs that have ended or were pruned, by name.
+
+        Raises:
+            InputError: a file is damaged, or one has no loss of a task.
+        """
+        outcomes = self.outcomes()
+        for name, outcome in outcomes.items():
+            self._check_outcome(sweep, name, outcome)
+        return with_pruned(sweep, outcomes, self.rungs())
+
+    def _check_outcome(self, sweep: Sweep, name: str, outcome: Outcome) -> None:
+        if not outcome.can_be_branched:
+            return
+        tables = {
+            "losses": outcome.losses,
+            "bits_per_byte": outcome.bits_per_byte,
+            "test": outcome.test,
+            "test_bits_per_byte": outcome.test_bits_per_byte,
+        }
+        for key, table in tables.items():
+            for task in (*sweep.high, *sweep.low):
+                # Outcomes of earlier versions, or of sweeps without a test split, lack some.
+                if task not in table and (table or key == "losses"):
+                    raise InputError(
+                        self.outcome_file(name), f"{key}: has no value of {task}", GIVE_AGAIN
+                    )
 
 
 @dataclass(frozen=True)

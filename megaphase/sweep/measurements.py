@@ -8,14 +8,39 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from megaphase.launch.slurm.job_file import EVALUATION_FILE, TRANSLATION_FILE
 from megaphase.report.load_run import load_run
-from megaphase.sweep.directory import SweepDirectory
+from megaphase.report.measured import Measured
+from megaphase.sweep.directory import GIVE_AGAIN, SweepDirectory
 from megaphase.sweep.outcome import Outcome, Translated, outcome_of
 from megaphase.sweep.sweep import Sweep
 from megaphase.sweep.trials import Trial
 from megaphase.utils.errors import RunError
-from megaphase.utils.files import read_json
+from megaphase.utils.json_models import read_record
+
+
+class _MeasuredLoss(BaseModel):
+    loss: Measured
+    bits_per_byte: Measured
+
+
+class _MeasuredLosses(BaseModel):
+    """The results of `megaphase evaluate`, by task; a split that was not measured is empty."""
+
+    step: int
+    test: dict[str, _MeasuredLoss] = {}
+    training: dict[str, _MeasuredLoss] = {}
+
+    def of_split(self, split: str) -> Mapping[str, _MeasuredLoss]:
+        return {"test": self.test, "training": self.training}[split]
+
+
+class _MeasuredScores(BaseModel):
+    """The results of `megaphase translate`."""
+
+    translation: dict[str, Translated]
 
 
 def _evaluate_arguments(sweep: Sweep, trial: Trial, run_file: Path, losses: Path) -> list[str]:
@@ -99,13 +124,16 @@ def is_measured(
     file = measurement.result(directory, trial.name)
     if measurement is not EVALUATION or not file.exists():
         return file.exists()
-    return _is_complete(sweep, read_json(file), _trained(sweep, directory, trial).step)
+    losses = read_record(file, _MeasuredLosses, GIVE_AGAIN)
+    return _is_complete(sweep, losses, _trained(sweep, directory, trial).step)
 
 
-def _is_complete(sweep: Sweep, losses: Mapping[str, Any], step: int) -> bool:
+def _is_complete(sweep: Sweep, losses: _MeasuredLosses, step: int) -> bool:
     """Return whether these are the losses of that step on all splits that the sweep file names,
     which may be others than when they were written."""
-    return losses["step"] == step and all(split in losses for split in _measured_splits(sweep))
+    splits = (losses.of_split(split) for split in _measured_splits(sweep))
+    tasks = {*sweep.high, *sweep.low}
+    return losses.step == step and all(tasks <= split.keys() for split in splits)
 
 
 def _trained(sweep: Sweep, directory: SweepDirectory, trial: Trial) -> Outcome:
@@ -119,6 +147,7 @@ def read_outcome(sweep: Sweep, directory: SweepDirectory, trial: Trial) -> Outco
     """Return the outcome of a run that has ended, normally or because it diverged.
 
     Raises:
+        InputError: a file of results is damaged.
         RunError: it is not measured at the step whose weights count.
     """
     outcome = _trained(sweep, directory, trial)
@@ -126,35 +155,34 @@ def read_outcome(sweep: Sweep, directory: SweepDirectory, trial: Trial) -> Outco
         return outcome
     for measurement in measurements(sweep, trial):
         file = measurement.result(directory, trial.name)
-        found = read_json(file) if file.exists() else None
-        is_evaluation = measurement is EVALUATION
-        if found is None or (is_evaluation and not _is_complete(sweep, found, outcome.step)):
-            raise RunError(f"{file}: has no results of step {outcome.step:,}")
-        read = _losses if is_evaluation else _scores
-        outcome = outcome.model_copy(update=read(found))
+        if not file.exists():
+            raise RunError(f"{file}: has not been written")
+        if measurement is EVALUATION:
+            losses = read_record(file, _MeasuredLosses, GIVE_AGAIN)
+            if not _is_complete(sweep, losses, outcome.step):
+                raise RunError(
+                    f"{file}: has no results of step {outcome.step:,}, with which "
+                    f"{directory.metrics(trial.name)} ends"
+                )
+            outcome = outcome.model_copy(update=_fields(losses))
+        else:
+            scores = read_record(file, _MeasuredScores, GIVE_AGAIN)
+            outcome = outcome.model_copy(update={"translation": scores.translation})
     return outcome
 
 
-def _losses(found: Mapping[str, Any]) -> dict[str, Any]:
+def _fields(losses: _MeasuredLosses) -> dict[str, Any]:
     """Return the fields of an outcome that are in the results of `megaphase evaluate`."""
-    fields: dict[str, Any] = {
-        split: {task: each["loss"] for task, each in found[split].items()}
+    fields = {
+        split: {task: each.loss for task, each in found.items()}
         for split in ("test", "training")
-        if split in found
+        if (found := losses.of_split(split))
     }
-    if "test" in found:
-        bits = {task: each["bits_per_byte"] for task, each in found["test"].items()}
-        fields["test_bits_per_byte"] = bits
+    if losses.test:
+        fields["test_bits_per_byte"] = {
+            task: each.bits_per_byte for task, each in losses.test.items()
+        }
     return fields
-
-
-def _scores(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Likewise, in those of `megaphase translate`."""
-    translation = {
-        task: Translated(bleu=each["bleu"], chrf=each["chrf"])
-        for task, each in found["translation"].items()
-    }
-    return {"translation": translation}
 
 
 def last_phase(trial: Trial) -> str:

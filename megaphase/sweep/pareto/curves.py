@@ -20,6 +20,7 @@ from megaphase.report.runs import PhasePlan, RunRecord, ValidationRow
 from megaphase.sweep.directory import SweepRecord
 from megaphase.sweep.pareto.points import Point, reason_of_failure
 from megaphase.sweep.trials import Trial
+from megaphase.utils.errors import InputError
 
 ByTask = Mapping[str, Sequence[float]]
 
@@ -77,6 +78,16 @@ def read_runs(record: SweepRecord) -> SweepRuns:
     sources: dict[str, RunCurves] = {}
     phases: dict[str, list[PhasePlan]] = {}
 
+    def has(curves: RunCurves, name: str, step: int) -> RunCurves:
+        if step not in curves.steps:
+            raise InputError(
+                record.directory.metrics(name),
+                f"has no validation after step {step:,}, so it is damaged",
+                f"restore it; or remove {record.directory.run(name)} and "
+                f"{record.directory.outcome_file(name)}, and give the sweep command again",
+            )
+        return curves
+
     def curves(trial: Trial) -> RunCurves:
         run = load_run(record.directory.run(trial.name))
         phases[trial.name] = run.plan.phases
@@ -84,10 +95,11 @@ def read_runs(record: SweepRecord) -> SweepRuns:
             return _own_curves(run, tasks)
         if trial.source not in sources:
             sources[trial.source] = curves(trials[trial.source])
-        return _joined(sources[trial.source], _own_curves(run, tasks), run.origin.step)
+        source = has(sources[trial.source], trial.source, run.origin.step)
+        return _joined(source, _own_curves(run, tasks), run.origin.step)
 
     found = {
-        trial.name: curves(trial)
+        trial.name: has(curves(trial), trial.name, outcome.step)
         for trial in record.trials
         if trial.is_final
         and (outcome := record.outcomes.get(trial.name)) is not None

@@ -159,8 +159,10 @@ def reason_of_failure(outcome: Outcome) -> str | None:
         return f"diverged: {outcome.diverged}"
     if outcome.pruned is not None:
         return f"pruned {outcome.pruned}"
-    wrong = [task for task, loss in outcome.losses.items() if not math.isfinite(loss)]
-    return f"diverged: the loss of {', '.join(wrong)} is not finite" if wrong else None
+    for losses, what in ((outcome.losses, "loss"), (outcome.test, "test loss")):
+        if wrong := [task for task, loss in losses.items() if not math.isfinite(loss)]:
+            return f"diverged: the {what} of {', '.join(wrong)} is not finite"
+    return None
 
 
 def failures(record: SweepRecord) -> list[Failure]:
