@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from megaphase.config.load import run_config, set_value, with_absolute_paths
 from megaphase.config.run import RunConfig
 from megaphase.plan.spec import plan_spec, verified_corpora
-from megaphase.sweep.arms.config import KINDS, PHASES, STAGED, Arm, Kind
+from megaphase.sweep.arms.config import KINDS, PHASES, PRETRAIN, STAGED, Arm, Kind
 from megaphase.sweep.file import PrimaryContrast, SweepConfig
 from megaphase.sweep.test_documents import check_test_split
 from megaphase.tokenizer import Tokenizer
@@ -93,7 +93,14 @@ def load_sweep(path: Path) -> Sweep:
     for name, arm in config.arms.items():
         _check_arm(path, name, arm)
     run_file, base = _base(path, config)
-    probe = run_config(run_file, base | _probe(config))
+    try:
+        probe = run_config(run_file, base | _probe(config))
+    except InputError as error:
+        key = error.where.removeprefix(f"{run_file}: ")
+        wrong = blamed_setting(config.settings, key, error.problem)
+        if wrong is None:
+            raise
+        raise InputError(f"{path}: settings.{wrong}", error.problem, error.remedy) from None
     high = _group(f"{path}: high", probe, config.high)
     low = _group(f"{path}: low", probe, config.low)
     if both := [task for task in high if task in low]:
@@ -143,6 +150,20 @@ def _base(path: Path, config: SweepConfig) -> tuple[Path, dict[str, Any]]:
     return run_file, base
 
 
+def blamed_setting(settings: Mapping[str, Any], key: str, problem: str) -> str | None:
+    """Return which of these settings, by key path, is the wrong key of a run file; None if none is.
+
+    problem: of the error, which names an unknown key.
+    """
+    for name in settings:
+        parent, _, last = name.rpartition(".")
+        if key == name or key.startswith((f"{name}.", f"{name}[")):
+            return name
+        if key == parent and shown(last) in problem:
+            return name
+    return None
+
+
 def set_all(
     path: Path, key: str, run_file: Path, run: dict[str, Any], settings: Mapping[str, Any]
 ) -> None:
@@ -181,6 +202,8 @@ def _kind(path: Path, name: str, arm: Arm) -> Kind:
 def _check_arm(path: Path, name: str, arm: Arm) -> None:
     """Reject keys that do not apply to the arm's kind, and require those that it needs."""
     where, kind = f"{path}: arms.{name}", _kind(path, name, arm)
+    if name == PRETRAIN:
+        raise InputError(where, "is the name of first stages that arms share", "give it another")
     if kind == PHASES:
         return
     if kind == "low-only" and (arm.rates or arm.temperatures):

@@ -12,7 +12,7 @@ from megaphase.optim.parameter_state import stored_by
 from megaphase.plan.mixture import effective_rates
 from megaphase.plan.spec import plan_spec
 from megaphase.sweep.arms.config import PHASES
-from megaphase.sweep.sweep import Sweep
+from megaphase.sweep.sweep import Sweep, blamed_setting
 from megaphase.sweep.trials import Trial
 from megaphase.tokenizer import Tokenizer
 from megaphase.utils.errors import InputError
@@ -34,14 +34,14 @@ def check_run_files(sweep: Sweep, trials: Sequence[Trial]) -> None:
             key = error.where.removeprefix(f"{where}: ")
             arm = _arm_of(sweep, trial, trials)
             if arm is None or not key.startswith("phases[0]"):
-                raise
+                raise _blamed(sweep, trial, error, key) from None
             raise InputError(
                 f"{_phase_of(sweep, arm, trial)}{key.removeprefix('phases[0]')}",
                 error.problem,
                 error.remedy,
             ) from None
         configs[trial.name] = config
-        _check_splits(sweep, trial, config, configs[trials[0].name])
+        _check_comparable(sweep, trial, config, configs[trials[0].name])
         if trial.source is None or config.phases[0].optimizer_state != "keep":
             continue
         before, own = (stored_by(each.optimizer) for each in (configs[trial.source], config))
@@ -54,20 +54,59 @@ def check_run_files(sweep: Sweep, trials: Sequence[Trial]) -> None:
             )
 
 
-def _check_splits(sweep: Sweep, trial: Trial, config: RunConfig, first: RunConfig) -> None:
-    """Reject arms that are tested on other documents than others."""
-    if sweep.test_samples is None and not config.tested_tasks():
-        return
+def _blamed(sweep: Sweep, trial: Trial, error: InputError, key: str) -> InputError:
+    """Return the error at the key of the sweep file from which the run has the value."""
+    models = sweep.config.models
+    arm = sweep.config.arms.get(trial.arm)  # none for first stages that arms share
+    own = None if arm is None else blamed_setting(arm.settings, key, error.problem)
+    if own is not None:
+        where = f"arms.{trial.arm}.settings.{own}"
+    elif trial.model is not None and key.split(".")[0] == "model":
+        name = blamed_setting({f"model.{each}": 0 for each in models[trial.model]}, key,
+                              error.problem)  # fmt: skip
+        if name is None:
+            return error
+        where = f"models.{trial.model}.{name.removeprefix('model.')}"
+    else:
+        return error
+    return InputError(sweep.where(where), error.problem, error.remedy)
+
+
+def _check_comparable(sweep: Sweep, trial: Trial, config: RunConfig, first: RunConfig) -> None:
+    """Reject arms and models that are measured on other text than others, or trained on more."""
+
+    def refuse(what: str, remedy: str) -> InputError:
+        return InputError(
+            sweep.where(f"arms.{trial.arm}" if trial.arm in sweep.config.arms else "models"),
+            f"changes {what}, which must be the same in all arms and models",
+            remedy,
+        )
+
+    same = "set it in the run file, or under settings of the sweep file"
+    for what, value, other in (
+        ("the tokenizer", config.tokenizer, first.tokenizer),
+        ("model.seq_len", config.model.seq_len, first.model.seq_len),
+        ("batch.samples", config.batch.samples, first.batch.samples),
+        ("validation.samples", config.validation.samples, first.validation.samples),
+    ):
+        if value != other:
+            raise refuse(what, same)
     for task in config.tasks:
-        splits = [
-            (each.held_out_fraction(task), each.test_fraction(task), each.test.samples)
-            for each in (config, first)
-        ]
+        splits, corpora = zip(
+            *(
+                (
+                    (each.held_out_fraction(task), each.test_fraction(task), each.test.samples),
+                    each.tasks[task].corpus,
+                )
+                for each in (config, first)
+            ),
+            strict=True,
+        )
+        if corpora[0] != corpora[1]:
+            raise refuse(f"the corpus of {task}", same)
         if splits[0] != splits[1]:
-            raise InputError(
-                sweep.where(f"arms.{trial.arm}"),
-                f"changes the held-out documents or the test split of {task}, which must be the "
-                "same in all arms",
+            raise refuse(
+                f"the held-out documents or the test split of {task}",
                 "set them in the run file, or under settings or test of the sweep file",
             )
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from megaphase.sweep.arms.config import PRETRAIN
 from megaphase.sweep.arms.recipes import arm_recipes
 from megaphase.sweep.arms.run_files import Phase, phase_content, run_content, stops_early
 from megaphase.sweep.arms.setting import (
@@ -22,7 +23,7 @@ from megaphase.sweep.arms.setting import (
     phases_setting,
     short_form_setting,
 )
-from megaphase.sweep.arms.stages import PRETRAIN, Recipe, Stage
+from megaphase.sweep.arms.stages import Recipe, Stage
 from megaphase.sweep.outcome import Outcome
 from megaphase.sweep.sweep import Sweep
 from megaphase.training.config import ValidationConfig

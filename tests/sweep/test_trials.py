@@ -177,7 +177,37 @@ ONCE_LOW = {"proportional": True, "over": list(LOW), "max_epochs": 0.1}
         ({"learning_rate": {"peaks": []}}, ": learning_rate.peaks: must hold at least one entry"),
         ({"seeds": [3, 3]}, ": seeds: 3 occurs twice in this list"),
         ({"translation": {}}, ": translation: there is no translation task"),
-        ({"models": {"odd": {"hiden": 3}}}, ": run odd-pretrain-0.6-p0.01-s11: model: unknown key"),
+        ({"models": {"odd": {"hiden": 3}}}, ": models.odd.hiden: unknown key 'hiden'"),
+        (
+            {"models": {"odd": {"seq_len": 16}, "base": {}}},
+            ": models: changes model.seq_len, which must be the same in all arms and models",
+        ),
+        (
+            {"arms": {"pretrain": {"kind": "static", "rates": [0.1]}}},
+            ": arms.pretrain: is the name",
+        ),
+        ({"settings": {"model.hiden": 3}}, ": settings.model.hiden: unknown key 'hiden'"),
+        (
+            {"arms": {"static": {"rates": [0.1], "settings": {"model.dropout": 2}}}},
+            ": arms.static.settings.model.dropout: must be less than 1",
+        ),
+        *(
+            (
+                {
+                    "arms": {
+                        "static": {"rates": [0.1]},
+                        "odd": {"kind": "static", "rates": [0.1], "settings": {key: value}},
+                    }
+                },
+                f": arms.odd: changes {what}, which must be the same in all arms and models",
+            )
+            for key, value, what in (
+                ("model.seq_len", 16, "model.seq_len"),
+                ("batch.samples", 16, "batch.samples"),
+                ("tokenizer", "other", "the tokenizer"),
+                (f"tasks.{LOW[0]}.corpus", "other", f"the corpus of {LOW[0]}"),
+            )
+        ),
         (
             {"arms": {"cap": {"phases": [{"mixture": {"unimax": True, "max_epochs": 0.001}}]}}},
             ": arms.cap.phases[0].mixture: the phase wants 80 samples, but max_epochs 0.001 leaves",

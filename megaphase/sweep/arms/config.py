@@ -36,9 +36,11 @@ KINDS: tuple[ShortKind, ...] = (
 STAGED = ("two-phase", "restart", "keep", "low-only")
 # An arm that is given phase by phase.
 PHASES: Kind = "phases"
+# The name of first stages on the high-resource tasks, which arms share.
+PRETRAIN = "pretrain"
 
 ScheduleName = Literal["cosine", "linear", "inverse_sqrt", "constant", "wsd"]
-# The learning rate of a phase that goes on with the schedule of the phase before.
+# The learning rate of a phase that continues the schedule of the phase before.
 CONTINUE: Literal["continue"] = "continue"
 
 

@@ -19,6 +19,7 @@ from megaphase.config.load import set_value
 from megaphase.config.run import RunConfig
 from megaphase.sweep.arms.config import (
     CONTINUE,
+    PRETRAIN,
     STAGED,
     Arm,
     ArmPhase,
@@ -27,7 +28,7 @@ from megaphase.sweep.arms.config import (
 )
 from megaphase.sweep.arms.lengths import spans
 from megaphase.sweep.arms.setting import Mixture, number_in_name
-from megaphase.sweep.arms.stages import PRETRAIN, Recipe, Stage, digest, identity
+from megaphase.sweep.arms.stages import Recipe, Stage, digest, identity
 from megaphase.sweep.arms.values import Axes, check_number, combinations
 from megaphase.sweep.sweep import Sweep
 from megaphase.utils.errors import InputError

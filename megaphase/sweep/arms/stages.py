@@ -8,12 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megaphase.sweep.arms.config import CONTINUE, ArmPhase, LearningRateGrid, PhaseSchedule
+from megaphase.sweep.arms.config import (
+    CONTINUE,
+    PRETRAIN,
+    ArmPhase,
+    LearningRateGrid,
+    PhaseSchedule,
+)
 from megaphase.sweep.arms.lengths import Span
 from megaphase.sweep.arms.setting import Mixture
 from megaphase.sweep.arms.values import Axes
-
-PRETRAIN = "pretrain"
 
 
 @dataclass(frozen=True)
