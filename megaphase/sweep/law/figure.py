@@ -19,10 +19,13 @@ from megaphase.sweep.pareto.arm_styles import style_of_arms
 from megaphase.utils.plot_style import MUTED, Size, plot_label, plot_style
 
 
-def predictions_plot(laws: Sequence[TaskLaw], size: Size) -> Figure:
-    """Return a figure with the fitted and the left-out prediction of every setting."""
-    arms = [_arm(law, i) for law in laws[:1] for i in range(len(law.means.rows))]
-    styles = style_of_arms(dict.fromkeys(arms))
+def predictions_plot(laws: Sequence[TaskLaw], arms: Sequence[str], size: Size) -> Figure:
+    """Return a figure with the fitted and the left-out prediction of every setting.
+
+    arms: of the sweeps, also those without a setting here, so that colours are as in other figures.
+    """
+    shown = {_arm(law, i) for law in laws[:1] for i in range(len(law.means.rows))}
+    styles = {arm: style for arm, style in style_of_arms(arms).items() if arm in shown}
     columns = legend_columns(list(styles), size)
     keys = [
         line_key(plot_label(arm), colour, marker=marker, ms=5, lw=0)

@@ -104,7 +104,7 @@ class LawRows(NamedTuple):
     """The rows of one or several sweeps with the same tasks, and what was left out.
 
     left_out: number of settings by reason. within: temperatures that divide the rates of the high-
-    and of the low-resource group.
+    and of the low-resource group. arms: all of the sweeps', also those that are left out.
     """
 
     rows: Sequence[LawRow]
@@ -112,6 +112,7 @@ class LawRows(NamedTuple):
     low: Sequence[str]
     left_out: Mapping[str, int]
     within: tuple[float, float] = (1.0, 1.0)
+    arms: Sequence[str] = ()
 
     @property
     def tasks(self) -> list[str]:
@@ -169,7 +170,12 @@ def law_rows(
     within = record.sweep.config.within
     temperatures = within.high, within.low
     return LawRows(
-        rows, record.sweep.high, record.sweep.low, Counter(left_out.values()), temperatures
+        rows,
+        record.sweep.high,
+        record.sweep.low,
+        Counter(left_out.values()),
+        temperatures,
+        list(record.sweep.config.arms),
     )
 
 

@@ -30,7 +30,7 @@ def law_section(law: SweepLaw, out: Path) -> Markup:
     drawn = None
     if law.laws:
         plot = Plot("law", "Predicted and measured losses", CAPTION,
-                    partial(predictions_plot, law.laws))  # fmt: skip
+                    partial(predictions_plot, law.laws, law.rows.arms))  # fmt: skip
         drawn = draw_plot(plot, out, PLOTS_FOLDER)
     return render(
         "law.html",

@@ -118,4 +118,5 @@ def combined(folders: Sequence[Path], records: Sequence[SweepRecord]) -> LawRows
         found = law_rows(record, name=names[i] if names.count(names[i]) == 1 else str(folder))
         rows += found.rows
         left_out.update(found.left_out)
-    return LawRows(rows, first.high, first.low, left_out, (within.high, within.low))
+    arms = dict.fromkeys(arm for record in records for arm in record.sweep.config.arms)
+    return LawRows(rows, first.high, first.low, left_out, (within.high, within.low), list(arms))

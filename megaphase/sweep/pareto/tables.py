@@ -143,14 +143,15 @@ def overfitting_table(view: SweepView, fronts: ModelFronts) -> PageTable:
     )
     note = (
         "Validation loss, nats per token, of every setting of the arms of one phase. "
-        f"⚠ risen by more than {RISING_NATS:g} nats. Epochs: to the end."
+        f"⚠ risen by more than {RISING_NATS:g} nats in more than one epoch. Epochs: to the end."
     )
     return PageTable(columns, rows, note)
 
 
 def _overfit_row(view: SweepView, row: Overfit) -> list[str | Cell]:
     setting = row.point.setting
-    risen = Cell(f"{row.risen:.3f}", warning=row.risen > RISING_NATS)
+    is_repeated = row.epochs > 1
+    risen = Cell(f"{row.risen:.3f}", warning=is_repeated and row.risen > RISING_NATS)
     return [
         _arm(view, setting.arm), setting.short_label, f"{setting.peak:g}",
         row.task, f"{row.best:.3f}", f"{row.best_step:,}", f"{row.end:.3f}", risen,

@@ -193,6 +193,8 @@ def _numbers(contrast: Contrast, *, several: bool) -> str:
     text = f"its mean loss differs from that of {contrast.against}{best} by {shown(mean)} nats{p}"
     if contrast.bits is not None:
         text += f", {shown(contrast.bits.mean)} bits per byte"
+        if contrast.bits.mean.sign == 0 != mean.sign:
+            text += ", which is undecided"
     return text
 
 
@@ -295,8 +297,8 @@ def _margins_sentence(margins: Sequence[Margin]) -> str:
     ]
     which = "" if len(named) == len(found) else f" (least, median and most of {len(found)})"
     missing = len(margins) - len(found)
-    at = "point, whose high-resource loss it does" if missing == 1 else "points, whose it does"
-    none = f"; none at {missing} static {at} not reach" if missing else ""
+    at = "point, whose high-resource loss" if missing == 1 else "points, whose high-resource losses"
+    none = f"; none at {missing} static {at} it does not reach" if missing else ""
     return (
         f"Margin{which}, the low-resource loss that it gains at no higher high-resource loss: "
         f"{listed(parts)}{none}."

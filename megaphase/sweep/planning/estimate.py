@@ -221,12 +221,17 @@ def budget_sentences(plan: SweepPlan, hours: float) -> Iterator[str]:
         yield f"Budget: {_time(hours)} are enough for all runs."
         return
     least: Omission | None = None
+    larger, before = "all runs", plan.work
     for least in fit_budget(plan.sweep, plan.trials):
         needed = plan.hours(least.work)
         if needed <= hours:
-            yield f"Budget: {_time(hours)} are enough for {least.title}: {_time(needed)}."
+            yield (
+                f"Budget: {least.title} take {_time(needed)} of the {_time(hours)}; "
+                f"{larger} would take {_time(plan.hours(before))}."
+            )
             yield from least.sentences
             return
+        larger, before = least.title, least.work
     assert least is not None
     needed = plan.hours(least.work)
     yield (
