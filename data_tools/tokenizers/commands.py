@@ -104,8 +104,8 @@ def train_tokenizer_command(
         bool,
         typer.Option(
             "--chat",
-            help="Add the control tokens <system>, <user>, <assistant> and <end>, and a chat "
-            "template for them; with --library tokenizers.",
+            help="Add the control tokens `<system>`, `<user>`, `<assistant>` and `<end>`, and a "
+            "chat template for them; with --library tokenizers.",
         ),
     ] = False,
     split_digits: Annotated[

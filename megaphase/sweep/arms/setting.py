@@ -153,12 +153,19 @@ def phases_setting(
 
 
 def value_labels(tried: Sequence[tuple[str, Value]]) -> list[str]:
-    """Return `dropout 0.1` for each value, with as many of its axis' keys as tell it apart."""
+    """Return `dropout 0.1` for each value, with as many of its axis' keys as tell it apart; of a
+    rate `10%`, as in the labels of short forms."""
     return [
-        f"{_short_axis(axis, [each for each, _ in tried])} "
-        f"{value if isinstance(value, str | bool) or value is None else f'{value:g}'}"
-        for axis, value in tried
+        _value_label(_short_axis(axis, [each for each, _ in tried]), value) for axis, value in tried
     ]
+
+
+def _value_label(name: str, value: Value) -> str:
+    if isinstance(value, str | bool) or value is None:
+        return f"{name} {value}"
+    if name.split(".")[-1] == RATE:
+        return f"{name} ".removeprefix(f"{RATE} ") + f"{100 * value:.3g}%"
+    return f"{name} {value:g}"
 
 
 def _short_axis(axis: str, axes: Sequence[str]) -> str:

@@ -156,13 +156,29 @@ def plan_table(plan: SweepPlan) -> Table:
         row["tokens"] += part.steps * plan.tokens_per_step[shape_of(part.trial)]
         if seconds is not None:
             hours[arm] += seconds[number] / HOUR
+    users = _users_of_first_parts(plan)
     for arm, row in rows.items():
         row["settings"] = len(settings[arm])
-        table.add_row(*_cells(arm, row, None if seconds is None else hours[arm]))
+        name = f"{arm}, of {', '.join(users[arm])}" if arm in users else arm
+        table.add_row(*_cells(name, row, None if seconds is None else hours[arm]))
     whole = sum(rows.values(), Counter[str]())
     all_hours = None if seconds is None else sum(seconds) / HOUR
     table.add_row(*_cells("all", whole, all_hours), style="bold")
     return table
+
+
+def _users_of_first_parts(plan: SweepPlan) -> Mapping[str, Sequence[str]]:
+    """Return the arms that use them, by the names of first parts."""
+    trials = {trial.name: trial for trial in plan.trials}
+    found: dict[str, dict[str, None]] = {}
+    for trial in plan.trials:
+        source = None if trial.source is None else trials[trial.source]
+        while source is not None:
+            if source.arm not in plan.sweep.config.arms:
+                found.setdefault(source.arm, {})[trial.arm] = None
+            source = None if source.source is None else trials[source.source]
+    own = plan.sweep.config.arms
+    return {name: [arm for arm in arms if arm in own] for name, arms in found.items()}
 
 
 def _cells(arm: str, row: Counter[str], hours: float | None) -> list[str]:
