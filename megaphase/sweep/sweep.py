@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megaphase.config.load import run_config, set_value, with_absolute_paths
 from megaphase.config.run import RunConfig
@@ -43,7 +43,7 @@ class Sweep(BaseModel):
         tokens: training tokens of an epoch by task.
         steps: optimizer steps of every run, over all of its phases.
         test_samples: of every task in the test split; None if there is none.
-        warnings: sentences for the user; not stored.
+        warnings: sentences for the user, also in reports.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -57,7 +57,7 @@ class Sweep(BaseModel):
     tokens: dict[str, int]
     steps: int
     test_samples: int | None = None
-    warnings: list[str] = Field(default=[], exclude=True)
+    warnings: list[str] = []
 
     def where(self, key: str) -> str:
         """Return `FILE: KEY`, for messages."""

@@ -29,7 +29,7 @@ SWEEP_PLOTS = {
     "Validation loss per task, the best setting of each arm",
     "Data efficiency",
     "Training loss over the tokens seen",
-    "Convergence of the pre-training",
+    "Convergence before the last phase",
 }
 # A window cannot be narrower than 500 pixels, but a frame in it can. The frame's page is read
 # through its `srcdoc`, since a page from a file may not read another one.

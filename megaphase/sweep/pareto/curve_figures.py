@@ -119,7 +119,8 @@ def _token_plots(
         named("data_efficiency", fronts),
         "Data efficiency",
         "Low-resource validation loss, nats per token, against the low-resource tokens seen so "
-        "far, one line per mixture: at the same number of tokens, the lower line has learned more "
+        "far, one line per mixture of the static and two-phase arms, two-phase with the length of "
+        "its best setting: at the same number of tokens, the lower line has learned more "
         f"from them; a line that turns up has seen them too often. {about}",
         partial(token_plot, lines, "validation", labels, view.styles),
     )
@@ -139,9 +140,9 @@ def _convergence(view: SweepView, fronts: ModelFronts, lines: Sequence[TokenLine
     labels = labels_of(view)
     return Plot(
         named("convergence", fronts),
-        "Convergence of the pre-training",
-        "High-resource loss over the passes through the high-resource text; dot: the pre-training "
-        "ends and the last phase begins. One line per length of the pre-training, with its best "
+        "Convergence before the last phase",
+        "High-resource loss over the passes through the high-resource text; dot: the last phase "
+        "begins. One line per arm and length of the phases before it, with its best "
         f"setting. {convergence_sentence(view, lines)} {labels.sentence}{STEEP}",
         partial(convergence_plot, lines, view.curves, labels, view.styles),
     )

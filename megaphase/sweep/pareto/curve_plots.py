@@ -168,9 +168,9 @@ def overfitting_plot(
             axes.plot(steps[lowest], losses[lowest], "o", ms=6, mfc="none", mec=INK)
             risen = float(losses[-1] - losses[lowest])
             then = f"at {steps[lowest]:,}, then +{risen:.2f}" if risen > 0 else "at the end"
-            cropped = cropped_note(axes, (training, validation))
+            note_on_panel(axes, cropped_note(axes, (training, validation)))
             axes.annotate(
-                "\n".join(filter(None, (f"lowest {losses[lowest]:.2f} {then}", cropped))),
+                f"lowest {losses[lowest]:.2f} {then}",
                 (1.0, 1.0), xycoords="axes fraction", xytext=(-2, -2), textcoords="offset points",
                 ha="right", va="top", fontsize=8.5, color=MUTED,
             )  # fmt: skip

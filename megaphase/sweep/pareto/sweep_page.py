@@ -15,6 +15,7 @@ from megaphase.sweep.arms.budgets import own_budgets
 from megaphase.sweep.law.section import law_section
 from megaphase.sweep.law.sweep_law import SweepLaw
 from megaphase.sweep.pareto.curve_figures import curve_figures, overfitting_figure
+from megaphase.sweep.pareto.ends import ends_sentence
 from megaphase.sweep.pareto.figures import (
     bleu_front_plot,
     front_plot,
@@ -83,7 +84,9 @@ def sweep_article(view: SweepView, law: SweepLaw, out: Path) -> Markup:
         "sweep.html",
         name=view.name,
         lead=_lead(view),
+        warnings=view.record.sweep.warnings,
         verdicts=view.verdicts,
+        ends=ends_sentence(view.fronts),
         changes=view.changes.changes,
         classes=CLASSES,
         evidence=_evidence(view, out) if has_points else None,
