@@ -29,7 +29,8 @@ from megaphase.plan.mixture import effective_rates
 from megaphase.plan.spec import plan_spec
 from megaphase.sweep import sweep as sweep_module
 from megaphase.sweep.file import SweepConfig
-from megaphase.sweep.start import _checked_trials
+from megaphase.sweep.trial_checks import check_demands, check_run_files
+from megaphase.sweep.trials import all_trials
 from megaphase.utils.errors import InputError
 
 PROGRAM = typer.main.get_command(cli.app)
@@ -143,7 +144,10 @@ def check_sweep(content: dict[str, Any]) -> None:
     path = Path("sweep.yaml")
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     found = sweep_module.load_sweep(path)
-    names = [trial.name for trial in _checked_trials(found)]
+    trials = all_trials(found)
+    check_run_files(found, trials)
+    check_demands(found, trials)
+    names = [trial.name for trial in trials]
     assert len(set(names)) == len(names)
 
 
