@@ -226,6 +226,20 @@ def test_the_scripts_of_a_round_evaluate_after_training(corpora: Path, tmp_path:
     assert "# first-stage-evaluate" not in done.stdout
 
 
+@pytest.mark.parametrize(
+    "text", ["{}", "[]", '{"step": 10, "test"', '{"step": 1, "test": {"alda": 3}}']
+)
+def test_damaged_results_are_named(text: str, corpora: Path, tmp_path: Path) -> None:
+    sweep, directory = open_sweep(write(tmp_path, measured(corpora)))
+    trial = next(each for each in known_trials(sweep, {}) if each.is_final)
+    file = directory.losses_file(trial.name)
+    file.write_text(text)
+    with pytest.raises(
+        InputError, match=f"{file}: .*; remove the file, and give the sweep command"
+    ):
+        is_measured(sweep, directory, trial, EVALUATION)
+
+
 # Too few documents
 
 
