@@ -109,7 +109,7 @@ def kill_when(path: Path, directory: SweepDirectory, moment: Callable[[], bool])
         time.sleep(0.02)
     process.kill()
     process.wait()
-    wait_until(lambda: not any(running(run) for run in directory.run("").iterdir()))
+    wait_until(lambda: not running(directory))
 
 
 def measured(directory: SweepDirectory) -> dict[str, list[dict[str, Any]]]:
