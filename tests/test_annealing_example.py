@@ -143,7 +143,7 @@ def test_a_setting_of_which_a_run_diverged_has_lost(annealing: ModuleType) -> No
         if (run.arm, run.recipe) in (("keep", own["keep"][1]), ("restart", own["restart"][0])):
             sets[1][i] = annealing.Run(run.arm, run.recipe, run.seed, {}, {}, {})
     lines = annealing.table(own, sets, groups(annealing))
-    assert lines[0] == ("primary: two-phase - restart: restart lost (diverged: restart 3 of 10)")
+    assert lines[0] == "primary: two-phase - restart: restart lost (diverged: restart 3 of 10)"
     assert (
         "| first | restart - static | all | restart lost (diverged: restart 3 of 10) | | |" in lines
     )

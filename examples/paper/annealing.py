@@ -310,13 +310,10 @@ def _primary_lines(found: Contrast, groups: Groups) -> list[str]:
 
 def _lost(names: tuple[str, str], found: Contrast) -> str:
     total = sum(map(len, found.one))
-    parts = [
-        f"{name} {count} of {total}"
-        for name, count in zip(names, found.diverged, strict=True)
-        if count
-    ]
-    lost = "undecided" if len(parts) > 1 else f"{parts[0].split()[0]} lost"
-    return f"{lost} (diverged: {', '.join(parts)})"
+    diverged = {name: count for name, count in zip(names, found.diverged, strict=True) if count > 0}
+    lost = "undecided" if len(diverged) > 1 else f"{next(iter(diverged))} lost"
+    counts = ", ".join(f"{name} {count} of {total}" for name, count in diverged.items())
+    return f"{lost} (diverged: {counts})"
 
 
 def main(command: str, screen: str, *confirm: str) -> None:

@@ -7,7 +7,7 @@ or tokenizer.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,15 +69,13 @@ class Sweep(BaseModel):
         A static arm that has settings or early stopping of its own, beside one that has neither, is
         a regularized one: it is no baseline.
         """
-        kinds = {name: _kind(self.file, name, each) for name, each in self.config.arms.items()}
-        plain = [
-            name
-            for name, each in self.config.arms.items()
-            if kinds[name] == "static" and not each.settings and each.early_stopping is None
-        ]
-        if kinds[arm] == "static" and plain and arm not in plain:
-            return "regularized"
-        return kinds[arm]
+        arms = self.config.arms
+        kind = _kind(self.file, arm, arms[arm])
+        if kind == "static" and not arms[arm].is_plain:
+            plain = (name for name, each in arms.items() if each.is_plain)
+            if any(_kind(self.file, name, arms[name]) == "static" for name in plain):
+                return "regularized"
+        return kind
 
 
 def load_sweep(path: Path) -> Sweep:
@@ -109,7 +107,7 @@ def load_sweep(path: Path) -> Sweep:
         _check_primary(f"{path}: primary", config, config.primary, [*high, *low])
     # Paths become absolute; tasks of neither group are left out.
     for task in (*high, *low):
-        probe.corpus(task)
+        probe.corpus(task)  # raises InputError for a number of tokens in place of text
     base = with_absolute_paths(base, probe)
     base["tasks"] = {name: each for name, each in base["tasks"].items() if name in (*high, *low)}
     probe = run_config(run_file, base | _probe(config))
@@ -150,12 +148,12 @@ def _base(path: Path, config: SweepConfig) -> tuple[Path, dict[str, Any]]:
     return run_file, base
 
 
-def blamed_setting(settings: Mapping[str, Any], key: str, problem: str) -> str | None:
-    """Return which of these settings, by key path, is the wrong key of a run file; None if none is.
+def blamed_setting(names: Iterable[str], key: str, problem: str) -> str | None:
+    """Return which of these settings, named by key path, is the wrong key of a run file, or None.
 
     problem: of the error, which names an unknown key.
     """
-    for name in settings:
+    for name in names:
         parent, _, last = name.rpartition(".")
         if key == name or key.startswith((f"{name}.", f"{name}[")):
             return name
@@ -215,7 +213,7 @@ def _check_arm(path: Path, name: str, arm: Arm) -> None:
         raise InputError(
             f"{where}.pretrain", f"{kind} {problem}", "leave it out" if arm.pretrain else "add some"
         )
-    if kind == "regularized" and not arm.settings and arm.early_stopping is None:
+    if kind == "regularized" and arm.is_plain:
         raise InputError(
             where,
             "regularized is like static without settings or early_stopping",

@@ -62,8 +62,8 @@ def _blamed(sweep: Sweep, trial: Trial, error: InputError, key: str) -> InputErr
     if own is not None:
         where = f"arms.{trial.arm}.settings.{own}"
     elif trial.model is not None and key.split(".")[0] == "model":
-        name = blamed_setting({f"model.{each}": 0 for each in models[trial.model]}, key,
-                              error.problem)  # fmt: skip
+        keys = [f"model.{each}" for each in models[trial.model]]
+        name = blamed_setting(keys, key, error.problem)
         if name is None:
             return error
         where = f"models.{trial.model}.{name.removeprefix('model.')}"
@@ -92,23 +92,18 @@ def _check_comparable(sweep: Sweep, trial: Trial, config: RunConfig, first: RunC
         if value != other:
             raise refuse(what, same)
     for task in config.tasks:
-        splits, corpora = zip(
-            *(
-                (
-                    (each.held_out_fraction(task), each.test_fraction(task), each.test.samples),
-                    each.tasks[task].corpus,
-                )
-                for each in (config, first)
-            ),
-            strict=True,
-        )
-        if corpora[0] != corpora[1]:
+        if config.tasks[task].corpus != first.tasks[task].corpus:
             raise refuse(f"the corpus of {task}", same)
-        if splits[0] != splits[1]:
+        if _splits(config, task) != _splits(first, task):
             raise refuse(
                 f"the held-out documents or the test split of {task}",
                 "set them in the run file, or under settings or test of the sweep file",
             )
+
+
+def _splits(config: RunConfig, task: str) -> tuple[float, float, int]:
+    """Return what determines the held-out and test documents of a task."""
+    return config.held_out_fraction(task), config.test_fraction(task), config.test.samples
 
 
 def _arm_of(sweep: Sweep, trial: Trial, trials: Sequence[Trial]) -> str | None:

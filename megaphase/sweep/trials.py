@@ -358,3 +358,11 @@ class _Runs:
         if place.steps == 0:
             return float(place.share)
         return place.step(self.sweep.steps) / self.sweep.steps
+
+
+def chain_of(trial: Trial, trials: Mapping[str, Trial]) -> list[Trial]:
+    """Return the runs of a recipe, first to last; trials: by name."""
+    chain = [trial]
+    while chain[0].source is not None:
+        chain.insert(0, trials[chain[0].source])
+    return chain

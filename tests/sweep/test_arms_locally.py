@@ -114,13 +114,11 @@ def test_what_counts_is_the_average(whole: SweepDirectory) -> None:
     rows = read_rows(whole.run(trial.name))
     last = [row for row in rows if "validation" in row][-1]
     outcome = whole.outcomes()[trial.name]
+    curves = read_runs(load_sweep_record(whole.path)).curves[trial.name]
     for task in LOW:
         assert outcome.losses[task] == last["validation_average"][task]["loss"]
         assert outcome.losses[task] != last["validation"][task]["loss"]
-        assert (
-            read_runs(load_sweep_record(whole.path)).curves[trial.name].validation[task][-1]
-            == (outcome.losses[task])
-        )
+        assert curves.validation[task][-1] == outcome.losses[task]
         assert math.isfinite(outcome.losses[task])
 
 

@@ -186,13 +186,8 @@ def test_a_dry_run_counts_steps_and_tokens_and_writes_nothing(
     text = printed(write(tmp_path, sweep_settings(corpora)))
     rows = [line.strip("│ ").split("│") for line in text.splitlines() if line.startswith("│")]
     cells = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows}
-    assert cells["pretrain, of two-phase"] == [
-        "0",
-        "1",
-        "1",
-        "6",
-        "1.54 K",
-    ]  # 6 × 8 samples × 32 tokens
+    # 6 × 8 samples × 32 tokens
+    assert cells["pretrain, of two-phase"] == ["0", "1", "1", "6", "1.54 K"]
     assert cells["static"] == ["1", "1", "0", "10", "2.56 K"]
     assert cells["all"] == ["2", "3", "1", "20", "5.12 K"]
     assert "Add --trial to time a few steps here, or --card" in text

@@ -179,6 +179,11 @@ class Arm(Section):
     settings: dict[str, Any] = Field(default={})
     early_stopping: Few | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the arm has no settings, early stopping or budget of its own."""
+        return not self.settings and self.early_stopping is None and self.budget == "sweep"
+
     @field_validator("rates", "temperatures", "pretrain")
     @classmethod
     def _each_once(cls, values: list[float]) -> list[float]:

@@ -31,7 +31,7 @@ class Mixture:
             return self.text
         if self.temperature is not None:
             return f"T = {self.temperature:g}"
-        return "high only" if self.rate is None else f"{100 * self.rate:.3g}%"
+        return "high only" if self.rate is None else _percent(self.rate)
 
     @property
     def suffix(self) -> str:
@@ -153,8 +153,11 @@ def phases_setting(
 
 
 def value_labels(tried: Sequence[tuple[str, Value]]) -> list[str]:
-    """Return `dropout 0.1` for each value, with as many of its axis' keys as tell it apart; of a
-    rate `10%`, as in the labels of short forms."""
+    """Return a label for each value, such as `dropout 0.1`.
+
+    It has as many keys of the value's axis as are needed to distinguish the axes; a rate is shown
+    as `10%`, as in the labels of short forms.
+    """
     return [
         _value_label(_short_axis(axis, [each for each, _ in tried]), value) for axis, value in tried
     ]
@@ -163,9 +166,13 @@ def value_labels(tried: Sequence[tuple[str, Value]]) -> list[str]:
 def _value_label(name: str, value: Value) -> str:
     if isinstance(value, str | bool) or value is None:
         return f"{name} {value}"
-    if name.split(".")[-1] == RATE:
-        return f"{name} ".removeprefix(f"{RATE} ") + f"{100 * value:.3g}%"
-    return f"{name} {value:g}"
+    if name == RATE:
+        return _percent(value)
+    return f"{name} {_percent(value) if name.endswith(f'.{RATE}') else f'{value:g}'}"
+
+
+def _percent(rate: float) -> str:
+    return f"{100 * rate:.3g}%"
 
 
 def _short_axis(axis: str, axes: Sequence[str]) -> str:

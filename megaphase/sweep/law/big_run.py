@@ -120,22 +120,21 @@ def _check_tasks(config: RunConfig, tasks: Sequence[str]) -> None:
 
 
 def _check_phases(config: RunConfig) -> None:
-    """Reject what the recommended phases, which replace these, would not have."""
+    """Reject keys of phases that the recommended phases, which replace them, would lack."""
     for number, phase in enumerate(config.phases):
         own = phase.model_dump(exclude_unset=True, exclude_defaults=True)
-        lost = [key for key in own if key not in REPLACED]
-        if config.phase_batch(number).ramp is not None and "batch" not in lost:
+        if lost := next((key for key in own if key not in REPLACED), None):
             raise InputError(
-                config.where("batch"),
-                "the batch changes over the run, which the law does not know",
-                "give it one size",
-            )
-        if lost:
-            raise InputError(
-                config.where(f"phases[{number}].{lost[0]}"),
+                config.where(f"phases[{number}].{lost}"),
                 "the recommended phases replace this one, without it",
                 "leave it out, and add it to them",
             )
+    if config.phase_batch(0).ramp is not None:
+        raise InputError(
+            config.where("batch"),
+            "the batch changes over the run, which the law does not know",
+            "give it one size",
+        )
 
 
 def _given_tokens(texts: Sequence[str], tasks: Sequence[str]) -> dict[str, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from megaphase.optim.schedules import LearningRateConfig, learning_rate
@@ -15,7 +15,7 @@ from megaphase.sweep.directory import SweepRecord
 from megaphase.sweep.law.model_size import parameters_without_vocabulary
 from megaphase.sweep.outcome import Outcome
 from megaphase.sweep.pareto.points import reason_of_failure
-from megaphase.sweep.trials import Trial
+from megaphase.sweep.trials import Trial, chain_of
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def law_rows(
     for trial in record.trials:
         known = trial.is_final and trial.name in record.outcomes
         if known and trial.setting not in left_out:
-            chain = _chain(trial, trials)
+            chain = chain_of(trial, trials)
             for each in chain:
                 if each.name not in known_phases:
                     run = load_run(record.directory.run(each.name))
@@ -208,23 +208,13 @@ def _unsuitable(record: SweepRecord, trial: Trial, outcome: Outcome) -> str | No
     return None if of_run == base and trial.run["model"] == model else OTHER_VALUES
 
 
-def _chain(trial: Trial, trials: Mapping[str, Trial]) -> list[Trial]:
-    """Return the runs of a recipe, first to last."""
-    chain = [trial]
-    while chain[0].source is not None:
-        chain.insert(0, trials[chain[0].source])
-    return chain
-
-
 def _phases(trial: Trial, plans: Sequence[PhasePlan]) -> list[LawPhase]:
     return [
-        replace(
-            law_phase(
-                content,
-                plan.steps,
-                {task: share.tokens for task, share in plan.tasks.items()},
-                i == 0,
-            ),
+        law_phase(
+            content,
+            plan.steps,
+            {task: share.tokens for task, share in plan.tasks.items()},
+            i == 0,
             changes=plan.rates_over_steps is not None,
         )
         for i, (content, plan) in enumerate(zip(trial.phases, plans, strict=True))
@@ -232,9 +222,17 @@ def _phases(trial: Trial, plans: Sequence[PhasePlan]) -> list[LawPhase]:
 
 
 def law_phase(
-    content: Mapping[str, Any], steps: int, tokens: Mapping[str, float], first: bool
+    content: Mapping[str, Any],
+    steps: int,
+    tokens: Mapping[str, float],
+    first: bool,
+    *,
+    changes: bool = False,
 ) -> LawPhase:
-    """Return a phase from its content in the run file, its length and its tokens by task."""
+    """Return a phase from its content in the run file, its length and its tokens by task.
+
+    changes: whether its mixture changes within it.
+    """
     config = LearningRateConfig.model_validate(dict(content["learning_rate"]))
     return LawPhase(
         steps=steps,
@@ -244,4 +242,5 @@ def law_phase(
         end=learning_rate(config, steps - 1, steps) / config.peak,
         reset=first or content.get("optimizer_state", "reset") == "reset",
         learning_rate=content["learning_rate"],
+        changes=changes,
     )

@@ -22,7 +22,7 @@ def is_baseline(record: SweepRecord, name: str) -> bool:
     kind, arm = sweep.kind(name), sweep.config.arms[name]
     if kind == "static":
         return True
-    if arm.settings or arm.early_stopping is not None or arm.budget == "own":
+    if not arm.is_plain:
         return False
     if kind != "phases":
         return kind == "restart"

@@ -78,7 +78,7 @@ def read_runs(record: SweepRecord) -> SweepRuns:
     sources: dict[str, RunCurves] = {}
     phases: dict[str, list[PhasePlan]] = {}
 
-    def has(curves: RunCurves, name: str, step: int) -> RunCurves:
+    def checked(curves: RunCurves, name: str, step: int) -> RunCurves:
         if step not in curves.steps:
             raise InputError(
                 record.directory.metrics(name),
@@ -95,11 +95,11 @@ def read_runs(record: SweepRecord) -> SweepRuns:
             return _own_curves(run, tasks)
         if trial.source not in sources:
             sources[trial.source] = curves(trials[trial.source])
-        source = has(sources[trial.source], trial.source, run.origin.step)
+        source = checked(sources[trial.source], trial.source, run.origin.step)
         return _joined(source, _own_curves(run, tasks), run.origin.step)
 
     found = {
-        trial.name: has(curves(trial), trial.name, outcome.step)
+        trial.name: checked(curves(trial), trial.name, outcome.step)
         for trial in record.trials
         if trial.is_final
         and (outcome := record.outcomes.get(trial.name)) is not None

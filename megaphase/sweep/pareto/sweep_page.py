@@ -15,7 +15,6 @@ from megaphase.sweep.arms.budgets import own_budgets
 from megaphase.sweep.law.section import law_section
 from megaphase.sweep.law.sweep_law import SweepLaw
 from megaphase.sweep.pareto.curve_figures import curve_figures, overfitting_figure
-from megaphase.sweep.pareto.ends import ends_sentence
 from megaphase.sweep.pareto.figures import (
     bleu_front_plot,
     front_plot,
@@ -23,6 +22,7 @@ from megaphase.sweep.pareto.figures import (
     training_front_plot,
 )
 from megaphase.sweep.pareto.fronts import ModelFronts
+from megaphase.sweep.pareto.grid_edges import grid_edges_sentence
 from megaphase.sweep.pareto.pruned import pruned_sentence
 from megaphase.sweep.pareto.tables import (
     first_stage_table,
@@ -86,7 +86,7 @@ def sweep_article(view: SweepView, law: SweepLaw, out: Path) -> Markup:
         lead=_lead(view),
         warnings=view.record.sweep.warnings,
         verdicts=view.verdicts,
-        ends=ends_sentence(view.fronts),
+        grid_edges=grid_edges_sentence(view.fronts),
         changes=view.changes.changes,
         classes=CLASSES,
         evidence=_evidence(view, out) if has_points else None,

@@ -25,7 +25,7 @@ from megaphase.sweep.planning.work import (
     work_of,
 )
 from megaphase.sweep.sweep import Sweep
-from megaphase.sweep.trials import Trial, all_trials
+from megaphase.sweep.trials import Trial, all_trials, chain_of
 from megaphase.tokenizer import Tokenizer
 from megaphase.utils.errors import InputError
 
@@ -170,15 +170,13 @@ def plan_table(plan: SweepPlan) -> Table:
 def _users_of_first_parts(plan: SweepPlan) -> Mapping[str, Sequence[str]]:
     """Return the arms that use them, by the names of first parts."""
     trials = {trial.name: trial for trial in plan.trials}
-    found: dict[str, dict[str, None]] = {}
+    found: dict[str, list[str]] = {}
     for trial in plan.trials:
-        source = None if trial.source is None else trials[trial.source]
-        while source is not None:
-            if source.arm not in plan.sweep.config.arms:
-                found.setdefault(source.arm, {})[trial.arm] = None
-            source = None if source.source is None else trials[source.source]
-    own = plan.sweep.config.arms
-    return {name: [arm for arm in arms if arm in own] for name, arms in found.items()}
+        for part in chain_of(trial, trials)[:-1] if trial.is_final else []:
+            users = found.setdefault(part.arm, [])
+            if trial.arm not in users:
+                users.append(trial.arm)
+    return {name: users for name, users in found.items() if name not in plan.sweep.config.arms}
 
 
 def _cells(arm: str, row: Counter[str], hours: float | None) -> list[str]:

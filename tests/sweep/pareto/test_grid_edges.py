@@ -1,9 +1,9 @@
-"""Best settings at an end of what was tried."""
+"""Best settings at an edge of the grid."""
 
 from sweep_support import record_of
 
-from megaphase.sweep.pareto.ends import ends_sentence
 from megaphase.sweep.pareto.fronts import fronts_of
+from megaphase.sweep.pareto.grid_edges import grid_edges_sentence
 
 
 def test_the_ends_of_every_axis_are_named():
@@ -21,7 +21,7 @@ def test_the_ends_of_every_axis_are_named():
 
     peaks = {"peaks": [0.001, 0.004]}
     record = record_of(arms, losses, seeds=[1], learning_rate=peaks)
-    assert ends_sentence(fronts_of(record)) == (
+    assert grid_edges_sentence(fronts_of(record)) == (
         "Best settings at an end of the values that were tried, beyond which a better one may lie: "
         "static (highest peak); two-phase (highest pre-training, lowest peak); restart (lowest "
         "peak)."
@@ -30,4 +30,4 @@ def test_the_ends_of_every_axis_are_named():
 
 def test_without_two_values_there_is_no_end():
     record = record_of({"static": {"rates": [0.1]}}, lambda _: (3.0, 5.0), seeds=[1])
-    assert ends_sentence(fronts_of(record)) is None
+    assert grid_edges_sentence(fronts_of(record)) is None

@@ -1,4 +1,4 @@
-"""Which of the best settings lie at an end of the values that were tried."""
+"""Best settings that lie at an edge of the grid of values that were tried."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from megaphase.sweep.pareto.points import Point, best_of
 NAMES = {"pretrain_share": "pre-training", "learning_rate.peak": "peak"}
 
 
-def ends_sentence(models: Sequence[ModelFronts]) -> str | None:
+def grid_edges_sentence(models: Sequence[ModelFronts]) -> str | None:
     """Name the arms whose best setting has the highest or the lowest value of an axis, since a
     better one may lie beyond it; None if there are none."""
     found = [
-        f"{'' if fronts.model is None else f'{fronts.model}, '}{arm.arm} ({', '.join(ends)})"
+        f"{'' if fronts.model is None else f'{fronts.model}, '}{arm.arm} ({', '.join(edges)})"
         for fronts in models
         for arm in fronts.arms
-        if (best := best_of(arm.points)) is not None and (ends := list(_ends(best, arm.points)))
+        if (best := best_of(arm.points)) is not None and (edges := list(_edges(best, arm.points)))
     ]
     if not found:
         return None
@@ -27,7 +27,7 @@ def ends_sentence(models: Sequence[ModelFronts]) -> str | None:
     )
 
 
-def _ends(best: Point, points: Sequence[Point]) -> Iterator[str]:
+def _edges(best: Point, points: Sequence[Point]) -> Iterator[str]:
     for axis, value in best.setting.values:
         tried = [point.setting.get(axis) for point in points]
         numbers = [each for each in tried if isinstance(each, int | float)]
