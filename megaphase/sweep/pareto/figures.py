@@ -39,8 +39,8 @@ def front_plot(view: SweepView) -> Plot:
     by = ", which is chosen by the validation losses," if split == "test" else ""
     caption = (
         f"Losses on the {split} split; lower left is better. Solid: the settings on the front of "
-        f"their arm{by} with a line around the area that they dominate; faint: its other "
-        "settings. A point outside the grey area is beyond every static mixture. "
+        f"their arm{by} with a dashed line around the area that they dominate; faint: its "
+        "other settings. A point outside the grey area is beyond every static mixture. "
         f"{_about(view)}{outside_sentence(panels)}"
     )
     return Plot(

@@ -30,7 +30,9 @@ from megaphase.utils.plot_style import GRID, Size, plot_label, plot_style
 WINDOW = 0.7  # how far beyond the core, in its widths, a point is still shown
 LEAST_WIDTH = 0.1  # of the core, in the unit of the axis
 PADDING = 0.09
-BAR_ALPHA = 0.5  # lighter than the fronts, which also have lines along both axes
+BAR_ALPHA = 0.5
+# Error bars lie on the fronts, which have lines along both axes, too: dashes tell them apart.
+DASHES = (0, (3, 1))
 Limits = tuple[float, float]
 
 
@@ -143,7 +145,7 @@ def trade_off_plot(
         for arm in arms
     ]
     keys = [
-        line_key(name, styles[arm][0], marker=styles[arm][1], markersize=5, lw=1.6)
+        line_key(name, styles[arm][0], marker=styles[arm][1], markersize=5, lw=1.6, ls=DASHES)
         for name, arm in zip(names, arms, strict=True)
     ]
     columns = legend_columns(names, size)
@@ -188,7 +190,7 @@ def _draw(panel: Panel, axes: Axes, styles: ArmStyles) -> None:
         if border := panel.border(frozenset({arm})):
             path = _steps(border, axes, panel.higher_is_better)
             lines.append(path)
-            axes.plot(path[:, 0], path[:, 1], color=colour, lw=1.3, alpha=0.75)
+            axes.plot(path[:, 0], path[:, 1], color=colour, lw=1.3, alpha=0.75, ls=DASHES)
         front = [mark for mark in marks if mark.on_front]
         shown = [mark for mark in front if _is_inside(mark, limits)]
         for mark in front:
