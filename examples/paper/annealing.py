@@ -1,4 +1,4 @@
-"""Annealing x order: the choice and the contrasts laid down in docs/experiments.md.
+"""Annealing x order: the choice and the contrasts laid down in docs/planned-comparisons.md.
 
     python annealing.py choose FOLDER/runs/annealing-screen
     python annealing.py contrast FOLDER/runs/annealing-screen FOLDER/runs/annealing-confirm-*
