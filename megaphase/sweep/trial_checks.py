@@ -88,6 +88,13 @@ def _check_comparable(sweep: Sweep, trial: Trial, config: RunConfig, first: RunC
         ("model.seq_len", config.model.seq_len, first.model.seq_len),
         ("batch.samples", config.batch.samples, first.batch.samples),
         ("validation.samples", config.validation.samples, first.validation.samples),
+        ("validation.harness", config.validation.harness, first.validation.harness),
+        # A relative path under an arm's settings has no file that it could be relative to.
+        (
+            "parallel.offload_folder",
+            config.parallel.offload_folder,
+            first.parallel.offload_folder,
+        ),
     ):
         if value != other:
             raise refuse(what, same)

@@ -159,6 +159,8 @@ def test_settings_models_and_early_stopping_reach_the_run_files(
 
 ODD_BATCH = {"share": 0.2, "rate": 0.1, "batch": {"samples": 7, "micro": 2}}
 LION = {"rate": 0.1, "optimizer_state": "keep", "settings": {"optimizer.name": "lion"}}
+HARNESS = {"tasks": ["belebele_eng_Latn"], "every_steps": 10}
+NVME = {"zero": 3, "offload": "nvme", "offload_folder": "disk"}
 ONCE_LOW = {"proportional": True, "over": list(LOW), "max_epochs": 0.1}
 
 
@@ -206,6 +208,8 @@ ONCE_LOW = {"proportional": True, "over": list(LOW), "max_epochs": 0.1}
                 ("batch.samples", 16, "batch.samples"),
                 ("tokenizer", "other", "the tokenizer"),
                 (f"tasks.{LOW[0]}.corpus", "other", f"the corpus of {LOW[0]}"),
+                ("validation.harness", HARNESS, "validation.harness"),
+                ("parallel", NVME, "parallel.offload_folder"),
             )
         ),
         (
