@@ -6,14 +6,16 @@ say.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from megaphase.sweep.outcome import Outcome
 from megaphase.sweep.sweep import Sweep
+from megaphase.utils.errors import InputError
 from megaphase.utils.files import read_file
 from megaphase.utils.json_models import read_record, write_record
 
@@ -92,6 +94,33 @@ def record_change(folder: Path, sweep_file: Path, sweep: Sweep, ended: int) -> N
         now = datetime.now(UTC).replace(microsecond=0)
         changes = [*changes, SweepChange(at=now, ended=ended, differences=lines)]
     write_record(folder / CHANGES_FILE, SweepChanges(is_whole=is_whole, changes=changes))
+
+
+def refuse_other_measurements(sweep_file: Path, sweep: Sweep, outcomes: Iterable[Outcome]) -> None:
+    """Refuse a change of what is measured after a run, once runs have been measured by it.
+
+    sweep_file: the parsed sweep file of the directory. outcomes: of the runs that have ended.
+
+    Raises:
+        InputError: names the key.
+    """
+    before = _stored(sweep_file) if sweep_file.exists() else None
+    if before is None:
+        return
+    ended = list(outcomes)
+    for key, is_measured in (
+        ("training_loss", any(each.training for each in ended)),
+        ("translation", any(each.translation for each in ended)),
+    ):
+        was, now = getattr(before.config, key), getattr(sweep.config, key)
+        if not is_measured or None in (was, now) or was == now:
+            continue
+        (change, *_) = differences(was.model_dump(), now.model_dump(), key)
+        raise InputError(
+            sweep.file,
+            f"{change}, after runs had been measured",
+            "put it back, or choose another output",
+        )
 
 
 def _stored(sweep_file: Path) -> Sweep | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megaphase.launch.slurm.job_file import refuse_second_job
+from megaphase.sweep.changes import refuse_other_measurements
 from megaphase.sweep.directory import SweepDirectory
 from megaphase.sweep.display import SweepDisplay
 from megaphase.sweep.local import Machine, run_locally, starter
@@ -79,7 +80,9 @@ def checked_sweep(path: Path) -> tuple[Sweep, SweepDirectory]:
     check_run_files(found, trials)
     check_demands(found, trials)
     directory = SweepDirectory(found.output)
-    for trial in known_trials(found, directory.known_outcomes(found)):
+    outcomes = directory.known_outcomes(found)
+    refuse_other_measurements(directory.sweep_file, found, outcomes.values())
+    for trial in known_trials(found, outcomes):
         directory.check_run_file(found, trial)
     return found, directory
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from sweep_support import record_of, sweep_of
 
-from megaphase.sweep.changes import differences, read_changes
+from megaphase.sweep.changes import differences, read_changes, refuse_other_measurements
 from megaphase.sweep.directory import SweepDirectory
 from megaphase.sweep.outcome import Outcome
 from megaphase.utils.errors import InputError
@@ -74,6 +74,27 @@ def test_what_determines_no_run_is_no_change(tmp_path):
     end_runs(prepare(folder), "a")
     prepare(folder, keep_checkpoints="first-stages", slurm={"nodes": 2})
     assert told(folder) == []
+
+
+@pytest.mark.parametrize(
+    ("outcome", "refused"),
+    [(Outcome(training={"hi": 3.0}), True), (Outcome(losses={"hi": 3.0}), False)],
+)
+def test_a_measurement_is_the_same_for_all_runs(outcome, refused, tmp_path):
+    folder = tmp_path / "sweep"
+    directory = prepare(folder, training_loss={"samples": 100})
+    sweep = sweep_of(folder, ARMS, training_loss={"samples": 200})
+    if not refused:
+        refuse_other_measurements(directory.sweep_file, sweep, [outcome])
+        return
+    with pytest.raises(InputError) as caught:
+        refuse_other_measurements(directory.sweep_file, sweep, [outcome])
+    assert str(caught.value).endswith(
+        ": training_loss.samples: changed 100 to 200, after runs had been measured; "
+        "put it back, or choose another output"
+    )
+    unchanged = sweep_of(folder, ARMS, training_loss={"samples": 100}, seeds=[1, 2])
+    refuse_other_measurements(directory.sweep_file, unchanged, [outcome])
 
 
 def test_the_directory_of_an_earlier_version(tmp_path):
