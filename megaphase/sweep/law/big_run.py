@@ -155,7 +155,8 @@ def _given_tokens(texts: Sequence[str], tasks: Sequence[str]) -> dict[str, int]:
 
 
 def _of_corpora(config: RunConfig, missing: Sequence[str]) -> dict[str, int]:
-    """Return the training tokens of one epoch of the tasks' corpora."""
+    """Return the training tokens of one epoch of the tasks' corpora, with the padding of packed
+    samples."""
     for task in missing:
         if not corpus_file(config.corpus(task), ".bin").exists():
             raise InputError(
@@ -165,7 +166,8 @@ def _of_corpora(config: RunConfig, missing: Sequence[str]) -> dict[str, int]:
             )
     corpora = verified_corpora(config)
     spec = plan_spec(config, Tokenizer.load(config.tokenizer), corpora=corpora)
-    return {task: spec.streams[task].tokens for task in missing}
+    streams = {task: spec.streams[task] for task in missing}
+    return {task: each.samples_per_epoch * each.seq_len for task, each in streams.items()}
 
 
 def _planned_steps(config: RunConfig) -> int:

@@ -54,7 +54,7 @@ class LawRow:
         sweep: its name among those that are fitted together; settings of different sweeps are
             different.
         model: the section of the run file.
-        unique: training tokens of one epoch, by task.
+        unique: training tokens of one epoch, by task, with the padding of packed samples.
         losses: on the validation split, nats per token, by task; empty for a run yet to be trained.
     """
 
@@ -162,7 +162,7 @@ def law_rows(
                     run = load_run(record.directory.run(each.name))
                     known_phases[each.name] = run.plan.phases
             trained = [phase for each in chain for phase in known_phases[each.name]]
-            row = _row(record, trial, _phases(trial, trained), name)
+            row = _row(record, trial, trained, name)
             if all(task in row.phases[-1].tokens for task in row.losses):
                 rows.append(row)
             else:
@@ -179,7 +179,7 @@ def law_rows(
     )
 
 
-def _row(record: SweepRecord, trial: Trial, phases: Sequence[LawPhase], sweep_name: str) -> LawRow:
+def _row(record: SweepRecord, trial: Trial, plans: Sequence[PhasePlan], sweep_name: str) -> LawRow:
     sweep = record.sweep
     return LawRow(
         sweep=sweep_name,
@@ -187,12 +187,21 @@ def _row(record: SweepRecord, trial: Trial, phases: Sequence[LawPhase], sweep_na
         setting=trial.setting,
         seed=trial.seed,
         model=trial.run["model"],
-        phases=phases,
-        unique=sweep.tokens,
+        phases=_phases(trial, plans),
+        unique={task: _epoch_tokens(task, plans, text) for task, text in sweep.tokens.items()},
         losses={
             task: record.outcomes[trial.name].losses[task] for task in (*sweep.high, *sweep.low)
         },
     )
+
+
+def _epoch_tokens(task: str, plans: Sequence[PhasePlan], text: int) -> int:
+    """Return what an epoch of a task takes of a run's tokens, the padding of packed samples
+    included; the tokens of its text if it is never trained on.
+    """
+    shares = [plan.tasks[task] for plan in plans if task in plan.tasks]
+    epochs = sum(share.epochs for share in shares)
+    return round(sum(share.tokens for share in shares) / epochs) if epochs > 0 else text
 
 
 def _unsuitable(record: SweepRecord, trial: Trial, outcome: Outcome) -> str | None:

@@ -74,14 +74,16 @@ class TokenLine:
 def token_line(
     point: Point, curves: Curves, tasks: Sequence[str], sizes: Mapping[str, int]
 ) -> TokenLine:
-    """Return a setting's curves from the first token on; `sizes`: tokens of an epoch by task."""
+    """Return a setting's curves from the first token on; `sizes`: tokens of their text by task."""
     steps, tokens = mean_curve(curves, point, tasks, lambda run: run.tokens)
     _, validation = _validation(curves, point, tasks)
     _, training = mean_curve(curves, point, tasks, lambda run: run.training)
+    # Tokens over the text's would count the padding of packed samples as text.
+    of_tasks = [mean_curve(curves, point, [task], lambda run: run.epochs)[1] for task in tasks]
+    epochs = np.average(of_tasks, axis=0, weights=[sizes[task] for task in tasks])
     seen = tokens > 0
     total = len(tasks) * tokens[seen]
-    epochs = total / sum(sizes[task] for task in tasks)
-    return TokenLine(point, steps[seen], total, epochs, validation[seen], training[seen])
+    return TokenLine(point, steps[seen], total, epochs[seen], validation[seen], training[seen])
 
 
 def task_curves_plot(

@@ -10,6 +10,7 @@ import yaml
 from sweep_support import HIGH, LOW, TOKENS, TWO_PHASE, write_sweep
 
 from megaphase.config.load import load_run_file
+from megaphase.report.load_run import load_run
 from megaphase.sweep.directory import load_sweep_record
 from megaphase.sweep.law.rows import FORGETTING, OTHER_VALUES, OTHER_WEIGHTS, law_rows
 from megaphase.sweep.law.sweep_law import combined
@@ -65,6 +66,27 @@ def test_rows_have_what_the_runs_did(sweep):
             assert last.rate(LOW) == pytest.approx(row.setting.get("rate"), abs=1e-3)
             assert last.reset
             assert last.end == pytest.approx(0.1)
+
+
+def test_padding_is_no_repetition(sweep):
+    record = load_sweep_record(sweep)
+    phases = {
+        trial.name: [
+            phase.model_copy(
+                update={
+                    "tasks": {  # as if a fifth of every sample were padding
+                        task: share.model_copy(update={"epochs": 0.8 * share.epochs})
+                        for task, share in phase.tasks.items()
+                    }
+                }
+            )
+            for phase in load_run(record.directory.run(trial.name)).plan.phases
+        ]
+        for trial in record.trials
+    }
+    for row in law_rows(record, phases).rows:
+        for task, text in TOKENS.items():
+            assert row.epochs(task) == pytest.approx(0.8 * row.tokens(task) / text, rel=1e-3)
 
 
 def test_sweeps_of_one_name_stay_apart_and_none_counts_twice(sweep, tmp_path):

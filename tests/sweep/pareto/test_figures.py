@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from sweep_support import HIGH, LOW, STEPS, TOKENS, write_sweep
 
 from megaphase.report.plot_parts import cropped_note
 from megaphase.sweep.pareto.curve_figures import curve_figures, fewer, overfitting_figure
+from megaphase.sweep.pareto.curve_plots import token_line
 from megaphase.sweep.pareto.figures import (
     front_plot,
     labels_of,
@@ -173,6 +175,24 @@ def test_convergence_by_hand(view, tables):
     assert fall > 0
     assert f"({longest['arm']}) ends after {epochs:.2f} epochs" in plot.caption
     assert f"fell by {fall:.3f} nats" in plot.caption
+
+
+def test_padding_is_no_repetition(view):
+    fronts = view.fronts[0]
+    padded = {
+        name: replace(
+            curves,
+            epochs={
+                task: [0.8 * each for each in values] for task, values in curves.epochs.items()
+            },
+        )
+        for name, curves in view.curves.items()
+    }
+    point = fronts.points[0]
+    line, other = (token_line(point, each, LOW, TOKENS) for each in (view.curves, padded))
+    assert other.tokens == pytest.approx(line.tokens)
+    assert other.epochs == pytest.approx(0.8 * line.epochs)
+    assert line.epochs == pytest.approx(line.tokens / sum(TOKENS[task] for task in LOW), rel=0.01)
 
 
 def test_every_switch_of_a_recipe_is_marked(view):
