@@ -104,7 +104,8 @@ def _task_curves(view: SweepView, fronts: ModelFronts, best: Sequence[Point]) ->
         "Validation loss per task, the best setting of each arm",
         "Best: the lowest mean of high- and low-resource loss. Dots, and dashed lines if there are "
         "few: where another phase begins; compare its gain on the low-resource tasks with its "
-        f"cost on the others. {labels.sentence}{STEEP}{_left_out(rest)}",
+        f"cost on the others. {labels.sentence}{STEEP} So are losses of a task before its text is "
+        f"trained on.{_left_out(rest)}",
         partial(task_curves_plot, shown, view.curves, view.tasks, names, view.styles),
     )
 

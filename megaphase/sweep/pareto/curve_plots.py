@@ -122,10 +122,22 @@ def task_curves_plot(
                     steps, losses, color=styles[point.setting.arm][0], lw=1.6,
                     marker="o", ms=5, markevery=[int(i) for i in at],
                 )  # fmt: skip
-            axes.set_ylim(loss_limits(without_beginning(each, span, switches) for each in drawn))
+            later = [without_beginning(each, span, switches) for each in drawn]
+            trained = [
+                (steps[seen], losses[seen])
+                for point, (steps, losses) in zip(best, later, strict=True)
+                for seen in [_is_trained(curves, point, task, steps)]
+            ]
+            axes.set_ylim(loss_limits(trained, later))
             note_on_panel(axes, cropped_note(axes, drawn))
         legend_on_top(figure, keys, columns)
     return figure
+
+
+def _is_trained(curves: Curves, point: Point, task: str, steps: np.ndarray) -> np.ndarray:
+    """Return at which of these steps a setting has seen text of a task."""
+    at, tokens = mean_curve(curves, point, [task], lambda run: run.tokens)
+    return np.isin(steps, at[tokens > 0])
 
 
 def overfitting_plot(

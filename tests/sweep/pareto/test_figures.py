@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from sweep_support import HIGH, LOW, STEPS, TOKENS, write_sweep
 
-from megaphase.report.plot_parts import cropped_note
+from megaphase.report.plot_parts import BEGINNING, cropped_note
 from megaphase.sweep.pareto.curve_figures import curve_figures, fewer, overfitting_figure
 from megaphase.sweep.pareto.curve_plots import token_line
 from megaphase.sweep.pareto.figures import (
@@ -193,6 +193,26 @@ def test_padding_is_no_repetition(view):
     assert other.tokens == pytest.approx(line.tokens)
     assert other.epochs == pytest.approx(0.8 * line.epochs)
     assert line.epochs == pytest.approx(line.tokens / sum(TOKENS[task] for task in LOW), rel=0.01)
+
+
+def test_losses_before_a_task_is_trained_do_not_hide_those_after(view):
+    plot = next(p for p in curve_figures(view, view.fronts[0]) if p.name == "losses")
+    for task, axes in zip((*HIGH, *LOW), plot.draw(WIDE).axes, strict=True):
+        low, high = axes.get_ylim()
+        curves = [line for line in axes.get_lines() if line.get_marker() == "o"]
+        assert all(low < line.get_ydata()[-1] < high for line in curves)
+        # All arms but static have the low-resource tasks after their first switch alone.
+        first = min(line.get_xdata()[i] for line in curves for i in line.get_markevery())
+        shown = [
+            loss
+            for line in curves
+            for switch in [[line.get_xdata()[i] for i in line.get_markevery()]]
+            for step, loss in line.get_xydata()
+            if step >= min(first, BEGINNING * STEPS)
+            and (task in HIGH or not switch or step > switch[0])
+        ]
+        room = 0.08 * (max(shown) - min(shown))
+        assert (low, high) == pytest.approx((min(shown) - room, max(shown) + room))
 
 
 def test_every_switch_of_a_recipe_is_marked(view):
