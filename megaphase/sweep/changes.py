@@ -6,7 +6,7 @@ say.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,9 @@ def record_change(folder: Path, sweep_file: Path, sweep: Sweep, ended: int) -> N
     write_record(folder / CHANGES_FILE, SweepChanges(is_whole=is_whole, changes=changes))
 
 
-def refuse_other_measurements(sweep_file: Path, sweep: Sweep, outcomes: Iterable[Outcome]) -> None:
+def refuse_other_measurements(
+    sweep_file: Path, sweep: Sweep, outcomes: Collection[Outcome]
+) -> None:
     """Refuse a change of what is measured after a run, once runs have been measured by it.
 
     sweep_file: the parsed sweep file of the directory. outcomes: of the runs that have ended.
@@ -107,10 +109,9 @@ def refuse_other_measurements(sweep_file: Path, sweep: Sweep, outcomes: Iterable
     before = _stored(sweep_file) if sweep_file.exists() else None
     if before is None:
         return
-    ended = list(outcomes)
     for key, is_measured in (
-        ("training_loss", any(each.training for each in ended)),
-        ("translation", any(each.translation for each in ended)),
+        ("training_loss", any(each.training for each in outcomes)),
+        ("translation", any(each.translation for each in outcomes)),
     ):
         was, now = getattr(before.config, key), getattr(sweep.config, key)
         if not is_measured or None in (was, now) or was == now:

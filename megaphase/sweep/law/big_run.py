@@ -33,7 +33,7 @@ class BigRun:
         data: its content as it is written.
         steps: the budget in optimizer steps, over all phases.
         step_tokens: tokens of one step.
-        unique: training tokens of one epoch, by task.
+        unique: training tokens of one epoch, by task, with the padding of packed samples.
     """
 
     path: Path

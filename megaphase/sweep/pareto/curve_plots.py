@@ -124,9 +124,8 @@ def task_curves_plot(
                 )  # fmt: skip
             later = [without_beginning(each, span, switches) for each in drawn]
             trained = [
-                (steps[seen], losses[seen])
-                for point, (steps, losses) in zip(best, later, strict=True)
-                for seen in [_is_trained(curves, point, task, steps)]
+                _while_trained(curves, point, task, each)
+                for point, each in zip(best, later, strict=True)
             ]
             axes.set_ylim(loss_limits(trained, later))
             note_on_panel(axes, cropped_note(axes, drawn))
@@ -134,10 +133,11 @@ def task_curves_plot(
     return figure
 
 
-def _is_trained(curves: Curves, point: Point, task: str, steps: np.ndarray) -> np.ndarray:
-    """Return at which of these steps a setting has seen text of a task."""
-    at, tokens = mean_curve(curves, point, [task], lambda run: run.tokens)
-    return np.isin(steps, at[tokens > 0])
+def _while_trained(curves: Curves, point: Point, task: str, curve: Curve) -> Curve:
+    """Return the part of a setting's curve after its first training text of a task."""
+    (steps, losses), (at, tokens) = curve, mean_curve(curves, point, [task], lambda run: run.tokens)
+    seen = np.isin(steps, at[tokens > 0])
+    return steps[seen], losses[seen]
 
 
 def overfitting_plot(

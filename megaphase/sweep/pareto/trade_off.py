@@ -31,7 +31,7 @@ WINDOW = 0.7  # how far beyond the core, in its widths, a point is still shown
 LEAST_WIDTH = 0.1  # of the core, in the unit of the axis
 PADDING = 0.09
 BAR_ALPHA = 0.5
-# Error bars lie on the fronts, which have lines along both axes, too: dashes tell them apart.
+# Like error bars, the lines of a front run parallel to the axes, so fronts are dashed.
 DASHES = (0, (3, 1))
 Limits = tuple[float, float]
 
