@@ -22,6 +22,8 @@ from megaphase.utils.json_models import read_record, write_record
 CHANGES_FILE = "changes.json"
 # They determine neither which runs there are nor what they are compared by.
 IRRELEVANT = {"run", "output", "slurm", "keep_checkpoints"}
+# What is measured after a run: the key of the sweep file, and where the outcome has it.
+MEASUREMENTS = {"training_loss": "training", "translation": "translation"}
 
 
 class SweepChange(BaseModel):
@@ -42,12 +44,14 @@ class SweepChanges(BaseModel):
     """All changes after the first run had ended.
 
     is_whole: whether they have been recorded from the beginning; earlier versions recorded none.
+    measured_by: the latest settings of every measurement, those removed since included.
     """
 
     model_config = ConfigDict(frozen=True)
 
     is_whole: bool = True
     changes: list[SweepChange] = []
+    measured_by: dict[str, dict[str, Any]] = {}
 
     @property
     def sentence(self) -> str:
@@ -84,44 +88,52 @@ def record_change(folder: Path, sweep_file: Path, sweep: Sweep, ended: int) -> N
         InputError: the file with earlier changes is invalid.
     """
     if not sweep_file.exists():
-        write_record(folder / CHANGES_FILE, SweepChanges())
+        write_record(folder / CHANGES_FILE, SweepChanges(measured_by=_measured_by(sweep)))
         return
     known, before = read_changes(folder), _stored(sweep_file)
+    measured_by = {**_measured_by(before), **known.measured_by, **_measured_by(sweep)}
     changes, is_whole = known.changes, known.is_whole and before is not None
     lines = [] if before is None else list(differences(_content(before), _content(sweep)))
     # After a crash between this file and the other, the same change is found again.
     if ended and lines and not (changes and changes[-1].differences == lines):
         now = datetime.now(UTC).replace(microsecond=0)
         changes = [*changes, SweepChange(at=now, ended=ended, differences=lines)]
-    write_record(folder / CHANGES_FILE, SweepChanges(is_whole=is_whole, changes=changes))
+    record = SweepChanges(is_whole=is_whole, changes=changes, measured_by=measured_by)
+    write_record(folder / CHANGES_FILE, record)
 
 
 def refuse_other_measurements(
-    sweep_file: Path, sweep: Sweep, outcomes: Collection[Outcome]
+    folder: Path, sweep_file: Path, sweep: Sweep, outcomes: Collection[Outcome]
 ) -> None:
     """Refuse a change of what is measured after a run, once runs have been measured by it.
 
-    sweep_file: the parsed sweep file of the directory. outcomes: of the runs that have ended.
+    A measurement may be removed, and added again as it was. folder, sweep_file: as above.
+    outcomes: of the runs that have ended.
 
     Raises:
-        InputError: names the key.
+        InputError: names the key; or the file with earlier changes is invalid.
     """
-    before = _stored(sweep_file) if sweep_file.exists() else None
-    if before is None:
+    if not sweep_file.exists():
         return
-    for key, is_measured in (
-        ("training_loss", any(each.training for each in outcomes)),
-        ("translation", any(each.translation for each in outcomes)),
-    ):
-        was, now = getattr(before.config, key), getattr(sweep.config, key)
-        if not is_measured or None in (was, now) or was == now:
+    before = {**_measured_by(_stored(sweep_file)), **read_changes(folder).measured_by}
+    now = _measured_by(sweep)
+    for key, values in MEASUREMENTS.items():
+        is_measured = any(getattr(each, values) for each in outcomes)
+        if not is_measured or key not in before or key not in now or before[key] == now[key]:
             continue
-        (change, *_) = differences(was.model_dump(), now.model_dump(), key)
+        (change, *_) = differences(before[key], now[key], key)
         raise InputError(
             sweep.file,
             f"{change}, after runs had been measured",
             "put it back, or choose another output",
         )
+
+
+def _measured_by(sweep: Sweep | None) -> dict[str, dict[str, Any]]:
+    if sweep is None:
+        return {}
+    found = {key: getattr(sweep.config, key) for key in MEASUREMENTS}
+    return {key: each.model_dump(mode="json") for key, each in found.items() if each is not None}
 
 
 def _stored(sweep_file: Path) -> Sweep | None:

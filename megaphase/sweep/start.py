@@ -81,7 +81,7 @@ def checked_sweep(path: Path) -> tuple[Sweep, SweepDirectory]:
     check_demands(found, trials)
     directory = SweepDirectory(found.output)
     outcomes = directory.known_outcomes(found)
-    refuse_other_measurements(directory.sweep_file, found, outcomes.values())
+    refuse_other_measurements(directory.path, directory.sweep_file, found, outcomes.values())
     for trial in known_trials(found, outcomes):
         directory.check_run_file(found, trial)
     return found, directory

@@ -76,20 +76,37 @@ def test_what_determines_no_run_is_no_change(tmp_path):
     assert told(folder) == []
 
 
-def test_a_measurement_is_the_same_for_all_runs(tmp_path):
+@pytest.mark.parametrize("is_removed_between", [False, True])
+def test_a_measurement_is_the_same_for_all_runs(tmp_path, is_removed_between):
     folder = tmp_path / "sweep"
     directory = prepare(folder, training_loss={"samples": 100})
-    sweep = sweep_of(folder, ARMS, training_loss={"samples": 200})
-    refuse_other_measurements(directory.sweep_file, sweep, [Outcome(losses={"hi": 3.0})])
-    outcome = Outcome(losses={"hi": 3.0}, training={"hi": 3.0})
+    if is_removed_between:
+        prepare(folder)
+        prepare(folder)
+
+    def refuse(samples, outcome):
+        sweep = sweep_of(folder, ARMS, training_loss=samples and {"samples": samples})
+        refuse_other_measurements(folder, directory.sweep_file, sweep, [outcome])
+
+    measured = Outcome(losses={"hi": 3.0}, training={"hi": 3.0})
+    refuse(200, Outcome(losses={"hi": 3.0}))
+    refuse(100, measured)
+    refuse(None, measured)
     with pytest.raises(InputError) as caught:
-        refuse_other_measurements(directory.sweep_file, sweep, [outcome])
+        refuse(200, measured)
     assert str(caught.value).endswith(
         ": training_loss.samples: changed 100 to 200, after runs had been measured; "
         "put it back, or choose another output"
     )
-    unchanged = sweep_of(folder, ARMS, training_loss={"samples": 100}, seeds=[1, 2])
-    refuse_other_measurements(directory.sweep_file, unchanged, [outcome])
+
+
+def test_before_it_has_been_used_a_measurement_may_be_changed(tmp_path):
+    folder = tmp_path / "sweep"
+    directory = prepare(folder, training_loss={"samples": 100})
+    prepare(folder, training_loss={"samples": 200})
+    measured = Outcome(losses={"hi": 3.0}, training={"hi": 3.0})
+    sweep = sweep_of(folder, ARMS, training_loss={"samples": 200})
+    refuse_other_measurements(folder, directory.sweep_file, sweep, [measured])
 
 
 def test_the_directory_of_an_earlier_version(tmp_path):
