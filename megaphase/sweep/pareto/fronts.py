@@ -127,6 +127,11 @@ class ModelFronts:
         return hypervolume(_pairs(self.static), self.reference)
 
     @property
+    def is_compared(self) -> bool:
+        """Whether any arm is compared with static ones."""
+        return any(arm.against_static is not None for arm in self.arms)
+
+    @property
     def points(self) -> list[Point]:
         """The points of all arms."""
         return [point for arm in self.arms for point in arm.points]

@@ -65,19 +65,19 @@ class SweepReport:
         return tables
 
     def _fronts(self, fronts: ModelFronts, title: str) -> Table:
-        table = _table(title, f"{self.view.progress.sentence}\nMargin: {MARGIN}.")
+        margin = f"\nMargin: {MARGIN}." if fronts.is_compared else ""
+        table = _table(title, f"{self.view.progress.sentence}{margin}")
         table.add_column("arm", overflow="fold")
-        for column in (
-            "on front", "hyper-\nvolume", "static\npoints\ndominated", "dominated\nby static",
-            "margin, nats",
-        ):  # fmt: skip
+        compared = ("static\npoints\ndominated", "dominated\nby static", "margin, nats")
+        for column in ("on front", "hyper-\nvolume", *(compared if fronts.is_compared else ())):
             table.add_column(column, justify="right", overflow="fold")
         for arm in fronts.arms:
             volume = NOTHING if arm.hypervolume is None else f"{arm.hypervolume:.4f}"
-            settings = f"{len(arm.front)} of {len(arm.points)}"
-            dominated, *others = comparison_cells(arm)
-            dominated = dominated.split(" (")[0]
-            table.add_row(Text(arm.arm), settings, volume, dominated, *others)
+            cells = [f"{len(arm.front)} of {len(arm.points)}", volume]
+            if fronts.is_compared:
+                dominated, *others = comparison_cells(arm)
+                cells += [dominated.split(" (")[0], *others]
+            table.add_row(Text(arm.arm), *cells)
         return table
 
     def sentences(self) -> list[str]:

@@ -23,28 +23,29 @@ def fronts_table(view: SweepView, fronts: ModelFronts) -> PageTable:
     for arm in fronts.arms:
         volume = NOTHING if arm.hypervolume is None else f"{arm.hypervolume:.4f}"
         counts = [f"{len(arm.points)}", f"{len(arm.front)}"]
-        rows.append([_arm(view, arm.arm), *counts, volume, *comparison_cells(arm)])
-    reference = ""
+        compared = comparison_cells(arm) if fronts.is_compared else []
+        rows.append([_arm(view, arm.arm), *counts, volume, *compared])
+    notes = []
+    if fronts.is_compared:
+        notes.append(
+            "Dominated: no worse in both losses and better in one. Margin: at a point of the "
+            "static front, how much lower the arm’s low-resource loss is at no higher "
+            "high-resource loss, below 0 if it is higher: at each of up to "
+            f"{MOST_MARGINS} static points, from the lowest high-resource loss to the highest, "
+            "otherwise least … median … most; none: the arm has no high-resource loss as low. Each "
+            "is listed with its interval below. These describe the fronts; the verdict rests on "
+            "the differences."
+        )
     if fronts.reference is not None:
         of = "static settings" if fronts.static else "settings of all arms"
         high, low = fronts.reference
-        reference = (
-            f" Hypervolume: the area that the front dominates, up to ({high:.3f}, {low:.3f}), the "
+        notes.append(
+            f"Hypervolume: the area that the front dominates, up to ({high:.3f}, {low:.3f}), the "
             f"worst high- and low-resource loss of the {of}; more is better."
         )
-    note = (
-        "Dominated: no worse in both losses and better in one. Margin: at a point of the static "
-        "front, how much lower the arm’s low-resource loss is at no higher high-resource loss, "
-        f"below 0 if it is higher: at each of up to {MOST_MARGINS} static points, from the lowest "
-        "high-resource loss to the highest, otherwise least … median … most; none: the arm has no "
-        "high-resource loss as low. Each is listed with its interval below. These describe the "
-        f"fronts; the verdict rests on the differences.{reference}"
-    )
-    columns = [
-        "arm", "settings", "on front", "hypervolume", "of static front\ndominated",
-        "of own front\ndominated", "margin, nats",
-    ]  # fmt: skip
-    return PageTable(columns, rows, note)
+    compared = ["of static front\ndominated", "of own front\ndominated", "margin, nats"]
+    columns = ["arm", "settings", "on front", "hypervolume"]
+    return PageTable(columns + (compared if fronts.is_compared else []), rows, " ".join(notes))
 
 
 def comparison_cells(arm: ArmFront) -> list[str]:

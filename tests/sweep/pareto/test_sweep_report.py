@@ -340,6 +340,20 @@ def test_long_names_of_arms_are_folded_at_80_columns(tmp_path):
     assert any(word in text for word in ("wins", "loses", "undecided"))
 
 
+def test_without_a_static_arm_nothing_is_said_of_its_front(tmp_path):
+    report = SweepReport.of(write_sweep(tmp_path / "sweep", {"two-phase": TWO_PHASE}))
+    console = Console(width=80, file=io.StringIO())
+    for table in report.summary_tables():
+        console.print(table)
+    text = console.file.getvalue()
+    page = report.write(tmp_path / "report").read_text()
+    assert "on front" in text
+    assert "on front" in page
+    for word in ("dominated", "Margin", "margin, nats"):
+        assert word not in text
+        assert word not in page
+
+
 def test_a_line_says_both_verdict_and_front(report):
     arms = {arm.arm: arm for arm in report.view.fronts[0].arms}
     static = report.view.fronts[0].static_hypervolume
