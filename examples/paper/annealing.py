@@ -3,8 +3,7 @@
     python annealing.py choose FOLDER/runs/annealing-screen
     python annealing.py contrast FOLDER/runs/annealing-screen FOLDER/runs/annealing-confirm-*
 
-`choose` prints `primary` and `arms` of confirm-1.yaml to confirm-3.yaml, `contrast` a table. Both
-follow "Planned comparisons" there.
+`choose` prints `primary` and `arms` of confirm-1.yaml to confirm-3.yaml, `contrast` a table.
 """
 
 from __future__ import annotations
