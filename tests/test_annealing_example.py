@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +13,9 @@ import numpy as np
 import pytest
 import yaml
 from scipy import stats
+from sweep_support import LOW, write_sweep
 
+from megaphase.sweep.directory import load_sweep_record
 from megaphase.utils.errors import InputError
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "paper" / "annealing.py"
@@ -162,3 +165,31 @@ def test_runs_without_a_test_split_are_refused(annealing: ModuleType) -> None:
     bare = annealing.Run(run.arm, run.recipe, run.seed, run.validation, {}, {})
     with pytest.raises(InputError, match="no losses on a test split"):
         annealing.table({}, [[bare]], groups(annealing))
+
+
+@pytest.mark.parametrize(("rates", "is_given"), [([0.05, 0.5], True), ([0.01, 0.02], False)])
+def test_the_premise_is_that_the_low_resource_loss_rises(
+    annealing: ModuleType, tmp_path: Path, rates: list[float], is_given: bool
+) -> None:
+    folder = write_sweep(tmp_path / "sweep", {"static": {"rates": rates}}, seeds=[1, 2])
+    risen = {}
+    for peak in (0.001, 0.004):
+        files = [folder / "runs" / f"static-r{rates[1]}-p{peak}-s{seed}" for seed in (1, 2)]
+        lines = [(file / "metrics.jsonl").read_text().splitlines() for file in files]
+        runs = [[row for row in map(json.loads, own) if "validation" in row] for own in lines]
+        losses = np.array(
+            [[[row["validation"][task]["loss"] for task in LOW] for row in own] for own in runs]
+        ).mean(axis=(0, 2))
+        risen[peak] = losses[-1] - losses.min()
+    assert (max(risen.values()) >= 0.05) == is_given
+    assert annealing.premise(load_sweep_record(folder)) == [
+        f"static, {rates[1]:.1%}, peak 0.001: ends {risen[0.001]:.3f} nats above its lowest",
+        f"static, {rates[1]:.1%}, peak 0.004: ends {risen[0.004]:.3f} nats above its lowest",
+        f"premise: {'given' if is_given else 'not given'}",
+    ]
+
+
+def test_the_premise_needs_static_runs(annealing: ModuleType, tmp_path: Path) -> None:
+    arms = {"two-phase": {"rates": [0.1], "pretrain": [0.8]}}
+    with pytest.raises(InputError, match="static: has no ended run"):
+        annealing.premise(load_sweep_record(write_sweep(tmp_path / "sweep", arms)))

@@ -1,9 +1,11 @@
 """Annealing x order: the choice and the contrasts laid down in docs/planned-comparisons.md.
 
+    python annealing.py premise FOLDER/runs/annealing-screen
     python annealing.py choose FOLDER/runs/annealing-screen
     python annealing.py contrast FOLDER/runs/annealing-screen FOLDER/runs/annealing-confirm-*
 
-`choose` prints `primary` and `arms` of confirm-1.yaml to confirm-3.yaml, `contrast` a table.
+`premise` says whether static mixtures overfit, `choose` prints `primary` and `arms` of
+confirm-1.yaml to confirm-3.yaml, `contrast` a table.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Any
 from scipy.special import stdtrit
 
 from megaphase.sweep.directory import SweepRecord, load_sweep_record
+from megaphase.sweep.pareto.curves import RunCurves, read_runs
 from megaphase.sweep.pareto.statistics import Estimate, holm
 from megaphase.utils.errors import InputError
 
@@ -39,6 +42,8 @@ SEEDS = (range(11, 15), range(15, 18), range(18, 21))
 CONFIDENCE = 0.975
 # The second setting of an arm may cost at most this much of the high-resource loss, in nats.
 ALLOWED = 0.05
+# Static mixtures overfit if the low-resource loss ends at least this much above its lowest.
+RISEN = 0.05
 
 Recipe = tuple[tuple[int, float, str, float, bool], ...]
 """Of each phase: steps, rate of the low-resource tasks, schedule, peak, whether it continues the
@@ -102,6 +107,41 @@ def _phase(phase: Mapping[str, Any], low: Sequence[str]) -> tuple[int, float, st
     rate = phase["learning_rate"]
     low_rate = round(sum(phase["mixture"]["rates"].get(task, 0.0) for task in low), 4)
     return phase["steps"], low_rate, rate["schedule"], rate["peak"], "first_step" in rate
+
+
+def premise(record: SweepRecord) -> list[str]:
+    """Return how far static mixtures at the highest rate overfit, by peak, and whether that counts.
+
+    Raises:
+        InputError: the directory of a run is damaged, or no static run has ended.
+    """
+    curves, low = read_runs(record).curves, record.sweep.low
+    static: dict[tuple[float, float], list[RunCurves]] = defaultdict(list)
+    for trial in record.trials:
+        if trial.arm == "static" and trial.name in curves:
+            ((_, rate, _, peak, _),) = (_phase(phase, low) for phase in trial.phases)
+            static[rate, peak].append(curves[trial.name])
+    if not static:
+        raise InputError("static", "has no ended run", "give the sweep command again")
+    highest = max(rate for rate, _ in static)
+    by_peak = {peak: own for (rate, peak), own in sorted(static.items()) if rate == highest}
+    risen = {peak: _risen(own, low) for peak, own in by_peak.items()}
+    return [
+        *(
+            f"static, {highest:.1%}, peak {peak:g}: ends {nats:.3f} nats above its lowest"
+            for peak, nats in risen.items()
+        ),
+        f"premise: {'given' if max(risen.values()) >= RISEN else 'not given'}",
+    ]
+
+
+def _risen(curves: Sequence[RunCurves], low: Sequence[str]) -> float:
+    """Return how far the mean low-resource validation loss of all seeds ends above its lowest."""
+    means = [
+        fmean(run.validation[task][at] for run in curves for task in low)
+        for at in range(len(curves[0].steps))
+    ]
+    return means[-1] - min(means)
 
 
 def choose(runs: Iterable[Run], groups: Groups) -> dict[str, list[Recipe]]:
@@ -317,6 +357,9 @@ def _lost(names: tuple[str, str], found: Contrast) -> str:
 
 def main(command: str, screen: str, *confirm: str) -> None:
     record = load_sweep_record(Path(screen))
+    if command == "premise":
+        print("\n".join(premise(record)))
+        return
     groups = Groups(record.sweep.high, record.sweep.low)
     chosen = choose(runs_of(record), groups)
     if command == "choose":
