@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,7 +28,7 @@ from megaphase.sweep.pareto.measures import nondominated
 from megaphase.sweep.pareto.statistics import Estimate
 from megaphase.utils.plot_style import GRID, Size, plot_label, plot_style
 
-WINDOW = 0.7  # how far beyond the core, in its widths, a point is still shown
+WINDOW = 0.7  # how much worse than the core, in its widths, a point is still shown
 LEAST_WIDTH = 0.1  # of the core, in the unit of the axis
 PADDING = 0.09
 BAR_ALPHA = 0.5
@@ -88,21 +89,22 @@ class Panel:
 
 
 def limits_of(panel: Panel) -> tuple[Limits, Limits]:
-    """Return limits of x and y that include all front points except those far from the core."""
+    """Return limits of x and y that include all front points except those much worse than the core
+    in x or y."""
     fronts = panel.on_fronts
     core = [mark for mark in fronts if mark.is_core] or fronts
-    near = [mark for mark in fronts if _is_near(mark, core)]
+    near = [mark for mark in fronts if _is_near(mark, core, panel.higher_is_better)]
     return _padded(*_range([m.x.mean for m in near])), _padded(*_range([m.y.mean for m in near]))
 
 
-def _is_near(mark: Mark, core: Sequence[Mark]) -> bool:
+def _is_near(mark: Mark, core: Sequence[Mark], higher_is_better: bool) -> bool:
     for value, values in (
         (mark.x.mean, [each.x.mean for each in core]),
         (mark.y.mean, [each.y.mean for each in core]),
     ):
         low, high = _range(values)
         reach = WINDOW * (high - low)
-        if not low - reach <= value <= high + reach:
+        if (value < low - reach) if higher_is_better else (value > high + reach):
             return False
     return True
 
@@ -199,8 +201,8 @@ def _draw(panel: Panel, axes: Axes, styles: ArmStyles) -> None:
         if shown:
             _, caps, bars = axes.errorbar(
                 [mark.x.mean for mark in shown], [mark.y.mean for mark in shown],
-                xerr=_half_widths([mark.x for mark in shown]),
-                yerr=_half_widths([mark.y for mark in shown]),
+                xerr=_half_widths([mark.x for mark in shown], limits[0]),
+                yerr=_half_widths([mark.y for mark in shown], limits[1]),
                 color=colour, marker=marker, ms=5.5, lw=0, elinewidth=1.0, capsize=2, zorder=4,
             )  # fmt: skip
             for each in (*caps, *bars):
@@ -210,24 +212,39 @@ def _draw(panel: Panel, axes: Axes, styles: ArmStyles) -> None:
     note_on_panel(axes, outside_note(panel), bars_note(panel), left_out)
 
 
-def _half_widths(values: Sequence[Estimate]) -> list[float]:
-    """Return the lengths of error bars; NaN draws none."""
-    return [math.nan if each.half_width is None else each.half_width for each in values]
+def _half_widths(values: Sequence[Estimate], limits: Limits) -> list[float]:
+    """Return the lengths of error bars; NaN draws none, as of one that crosses the whole panel."""
+    return [
+        math.nan if each.half_width is None or _ends_outside(each, limits) == 2 else each.half_width
+        for each in values
+    ]
 
 
 def bars_note(panel: Panel) -> str:
     """Return how many error bars of points inside the limits are not; empty if all are."""
     limits = limits_of(panel)
-    count = sum(
-        not (low <= value.mean - half and value.mean + half <= high)
+    ends = Counter(
+        _ends_outside(value, each)
         for mark in panel.on_fronts
         if _is_inside(mark, limits)
-        for (low, high), value, half in (
-            (limits[0], mark.x, mark.x.half_width or 0.0),
-            (limits[1], mark.y, mark.y.half_width or 0.0),
-        )
+        for value, each in zip((mark.x, mark.y), limits, strict=True)
     )
-    return f"{count} {'bar' if count == 1 else 'bars'} cut off" if count else ""
+    cut, crossing = ends[1], ends[2]
+    notes = [
+        f"{_bars(cut)} cut off" if cut else "",
+        f"{_bars(crossing)} longer than the picture not drawn" if crossing else "",
+    ]
+    return "; ".join(note for note in notes if note)
+
+
+def _bars(count: int) -> str:
+    return f"{count} {'bar' if count == 1 else 'bars'}"
+
+
+def _ends_outside(value: Estimate, limits: Limits) -> int:
+    """Return how many ends of an error bar are outside the limits."""
+    (low, high), half = limits, value.half_width or 0.0
+    return (value.mean - half < low) + (value.mean + half > high)
 
 
 def _point_out(mark: Mark, axes: Axes, colour: str) -> None:
