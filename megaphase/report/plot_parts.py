@@ -97,8 +97,6 @@ def panel_grid(
             bottom + panel_height - title_inches,
         )
         axes.set_title(plot_label(title, limit), loc="left", fontweight="bold")
-        # Not of 2.5: numbers with a digit more would push the axis's title out of the figure.
-        axes.yaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10]))
         panels.append(axes)
     return figure, panels
 

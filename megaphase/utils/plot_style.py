@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 # The first eight are Okabe and Ito's colour-blind-safe hues; the pale ones are darkened until
 # labels in them are readable on white. The others are chosen far from these and from each other.
@@ -105,6 +106,8 @@ def inch_axes(figure: Figure, left: float, bottom: float, right: float, top: flo
     box = (left / width, bottom / height, (right - left) / width, (top - bottom) / height)
     axes = figure.add_axes(box)
     axes.patch.set_visible(False)
+    # Not of 2.5: numbers with a digit more would push the axis's title out of the figure.
+    axes.yaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10]))
     return axes
 
 

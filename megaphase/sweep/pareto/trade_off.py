@@ -93,11 +93,12 @@ def limits_of(panel: Panel) -> tuple[Limits, Limits]:
     in x or y."""
     fronts = panel.on_fronts
     core = [mark for mark in fronts if mark.is_core] or fronts
-    near = [mark for mark in fronts if _is_near(mark, core, panel.higher_is_better)]
-    return _padded(*_range([m.x.mean for m in near])), _padded(*_range([m.y.mean for m in near]))
+    shown = [mark for mark in fronts if not _is_much_worse(mark, core, panel.higher_is_better)]
+    return _padded(*_range([m.x.mean for m in shown])), _padded(*_range([m.y.mean for m in shown]))
 
 
-def _is_near(mark: Mark, core: Sequence[Mark], higher_is_better: bool) -> bool:
+def _is_much_worse(mark: Mark, core: Sequence[Mark], higher_is_better: bool) -> bool:
+    """Return whether a mark is far beyond the worst of the core in x or y."""
     for value, values in (
         (mark.x.mean, [each.x.mean for each in core]),
         (mark.y.mean, [each.y.mean for each in core]),
@@ -105,8 +106,8 @@ def _is_near(mark: Mark, core: Sequence[Mark], higher_is_better: bool) -> bool:
         low, high = _range(values)
         reach = WINDOW * (high - low)
         if (value < low - reach) if higher_is_better else (value > high + reach):
-            return False
-    return True
+            return True
+    return False
 
 
 def _range(values: Sequence[float]) -> Limits:

@@ -1,4 +1,4 @@
-"""What the figure of trade-off fronts shows and what it leaves out."""
+"""Which points and error bars the figure of trade-off fronts leaves out."""
 
 import numpy as np
 import pytest
