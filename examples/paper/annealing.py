@@ -24,7 +24,8 @@ from typing import Any
 from scipy.special import stdtrit
 
 from megaphase.sweep.directory import SweepRecord, load_sweep_record
-from megaphase.sweep.pareto.curves import RunCurves, read_runs
+from megaphase.sweep.pareto.curves import mean_curve, read_runs
+from megaphase.sweep.pareto.points import points_of
 from megaphase.sweep.pareto.statistics import Estimate, holm
 from megaphase.utils.errors import InputError
 
@@ -115,33 +116,20 @@ def premise(record: SweepRecord) -> list[str]:
     Raises:
         InputError: the directory of a run is damaged, or no static run has ended.
     """
-    curves, low = read_runs(record).curves, record.sweep.low
-    static: dict[tuple[float, float], list[RunCurves]] = defaultdict(list)
-    for trial in record.trials:
-        if trial.arm == "static" and trial.name in curves:
-            ((_, rate, _, peak, _),) = (_phase(phase, low) for phase in trial.phases)
-            static[rate, peak].append(curves[trial.name])
+    static = [point for point in points_of(record) if point.setting.arm == "static"]
     if not static:
         raise InputError("static", "has no ended run", "give the sweep command again")
-    highest = max(rate for rate, _ in static)
-    by_peak = {peak: own for (rate, peak), own in sorted(static.items()) if rate == highest}
-    risen = {peak: _risen(own, low) for peak, own in by_peak.items()}
-    return [
-        *(
-            f"static, {highest:.1%}, peak {peak:g}: ends {nats:.3f} nats above its lowest"
-            for peak, nats in risen.items()
-        ),
-        f"premise: {'given' if max(risen.values()) >= RISEN else 'not given'}",
-    ]
-
-
-def _risen(curves: Sequence[RunCurves], low: Sequence[str]) -> float:
-    """Return how far the mean low-resource validation loss of all seeds ends above its lowest."""
-    means = [
-        fmean(run.validation[task][at] for run in curves for task in low)
-        for at in range(len(curves[0].steps))
-    ]
-    return means[-1] - min(means)
+    curves, low = read_runs(record).curves, record.sweep.low
+    highest = max(point.setting.mixture.rate or 0.0 for point in static)
+    lines, most = [], 0.0
+    for point in static:
+        if point.setting.mixture.rate == highest:
+            _, losses = mean_curve(curves, point, low, lambda run: run.validation)
+            risen = float(losses[-1] - losses.min())
+            most = max(most, risen)
+            where = f"static, {highest:.1%}, peak {point.setting.peak:g}"
+            lines.append(f"{where}: ends {risen:.3f} nats above its lowest")
+    return [*lines, f"premise: {'given' if most >= RISEN else 'not given'}"]
 
 
 def choose(runs: Iterable[Run], groups: Groups) -> dict[str, list[Recipe]]:
