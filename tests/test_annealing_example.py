@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -13,9 +14,11 @@ import numpy as np
 import pytest
 import yaml
 from scipy import stats
-from sweep_support import LOW, write_sweep
+from sweep_support import HIGH, LOW, record_of, write_sweep
 
 from megaphase.sweep.directory import load_sweep_record
+from megaphase.sweep.outcome import Outcome
+from megaphase.sweep.trials import known_trials
 from megaphase.utils.errors import InputError
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "paper" / "annealing.py"
@@ -87,7 +90,7 @@ def test_without_a_second_within_the_limit_the_second_lowest_mean_is_chosen(
 def test_a_setting_that_diverged_is_not_chosen(annealing: ModuleType) -> None:
     found = screened(annealing)
     index = next(i for i, run in enumerate(found) if run.recipe == recipe(0.08))
-    lost = annealing.Run("static", recipe(0.08), found[index].seed, {}, {}, {})
+    lost = annealing.Run("static", recipe(0.08), found[index].seed, {}, {}, {}, True)
     chosen = annealing.choose([*found[:index], lost, *found[index + 1 :]], groups(annealing))
     assert recipe(0.08) not in chosen["static"]
     assert recipe(0.08) in chosen["restart"]
@@ -144,7 +147,7 @@ def test_a_setting_of_which_a_run_diverged_has_lost(annealing: ModuleType) -> No
     own, sets = confirmed(annealing, annealing.SEEDS)
     for i, run in enumerate(sets[1]):
         if (run.arm, run.recipe) in (("keep", own["keep"][1]), ("restart", own["restart"][0])):
-            sets[1][i] = annealing.Run(run.arm, run.recipe, run.seed, {}, {}, {})
+            sets[1][i] = annealing.Run(run.arm, run.recipe, run.seed, {}, {}, {}, True)
     lines = annealing.table(own, sets, groups(annealing))
     assert lines[0] == "primary: two-phase - restart: restart lost (diverged: restart 3 of 10)"
     assert (
@@ -152,6 +155,26 @@ def test_a_setting_of_which_a_run_diverged_has_lost(annealing: ModuleType) -> No
     )
     assert "| second | keep - static | all | keep lost (diverged: keep 3 of 10) | | |" in lines
     assert sum("| first | keep - static |" in line for line in lines) == 5
+
+
+def test_a_first_stage_that_diverged_is_counted_and_does_not_stop_the_result(
+    annealing: ModuleType,
+) -> None:
+    arms = {kind: {"rates": [0.1], "pretrain": [0.8]} for kind in ("keep", "two-phase")}
+    first = record_of(arms, None, seeds=[1, 2], ended=lambda trial: not trial.is_final)
+    outcomes = dict(first.outcomes)
+    lost = Outcome(step=9, diverged="at step 9", losses=dict.fromkeys((*HIGH, *LOW), math.nan))
+    outcomes |= {trial.name: lost for trial in first.trials if trial.seed == 2}
+    sweep, directory = first.sweep, first.directory
+    found = annealing.SweepRecord(directory, sweep, known_trials(sweep, outcomes), outcomes)
+    # Two-phase has no second stages, since a first one with its only peak is lost.
+    with pytest.raises(InputError, match=r"^keep-0\.8-r0\.1-p0\.004-s1: has failed or not"):
+        annealing.runs_of(found)
+    outcomes["keep-0.8-r0.1-p0.004-s1"] = Outcome(step=60, losses=dict.fromkeys((*HIGH, *LOW), 4.0))
+    runs = {(run.arm, run.seed): run for run in annealing.runs_of(found)}
+    assert {each for each, run in runs.items() if run.diverged} == {("keep", 2), ("two-phase", 2)}
+    assert {each for each, run in runs.items() if run.validation} == {("keep", 1)}
+    assert runs.keys() == {(arm, seed) for arm in arms for seed in (1, 2)}
 
 
 def test_other_seeds_than_those_of_the_plan_are_refused(annealing: ModuleType) -> None:

@@ -27,6 +27,7 @@ from megaphase.sweep.directory import SweepRecord, load_sweep_record
 from megaphase.sweep.pareto.curves import mean_curve, read_runs
 from megaphase.sweep.pareto.points import points_of
 from megaphase.sweep.pareto.statistics import Estimate, holm
+from megaphase.sweep.trials import all_trials, chain_of, ready_trials
 from megaphase.utils.errors import InputError
 
 ARMS = ("static", "restart", "keep", "two-phase")
@@ -53,7 +54,11 @@ schedule of the phase before."""
 
 @dataclass(frozen=True)
 class Run:
-    """A run that has spent the budget. Losses by task, in nats per token; empty if it diverged."""
+    """A run that was to spend the budget.
+
+    Losses by task, in nats per token; empty if it diverged, also in its first stage, or was not
+    started because the first stage of another seed did.
+    """
 
     arm: str
     recipe: Recipe
@@ -61,6 +66,7 @@ class Run:
     validation: Mapping[str, float]
     test: Mapping[str, float]
     test_bits_per_byte: Mapping[str, float]
+    diverged: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,25 +88,32 @@ class Groups:
 
 
 def runs_of(record: SweepRecord) -> list[Run]:
-    """Return the runs of a sweep that have spent the budget.
+    """Return the runs of a sweep that have spent the budget, or diverged before.
 
     Raises:
         InputError: one has failed or not ended.
     """
-    low, found = record.sweep.low, []
-    for trial in record.trials:
+    outcomes, low, found = record.outcomes, record.sweep.low, []
+    missing = [trial.name for trial in ready_trials(record.trials, outcomes)]
+    missing += [name for name, outcome in outcomes.items() if outcome.failed is not None]
+    if missing:
+        raise InputError(missing[0], "has failed or not ended", "give the sweep command again")
+    # Not all of them are in the record: none starts from a first stage that diverged.
+    trials = {trial.name: trial for trial in all_trials(record.sweep)}
+    for trial in trials.values():
         if not trial.is_final:
             continue
-        outcome = record.outcomes.get(trial.name)
-        if outcome is None or outcome.failed is not None:
-            raise InputError(trial.name, "has failed or not ended", "give the sweep command again")
+        ended = [outcomes[each.name] for each in chain_of(trial, trials) if each.name in outcomes]
+        diverged = any(each.diverged is not None for each in ended)
+        outcome = None if diverged else outcomes.get(trial.name)
+        losses = (
+            ({}, {}, {})
+            if outcome is None
+            else (outcome.losses, outcome.test, outcome.test_bits_per_byte)
+        )
         arm = next(name for name in ARMS if trial.arm.startswith(name))
         recipe = tuple(_phase(phase, low) for phase in trial.phases)
-        diverged = outcome.diverged is not None
-        losses = (
-            ({}, {}, {}) if diverged else (outcome.losses, outcome.test, outcome.test_bits_per_byte)
-        )
-        found.append(Run(arm, recipe, trial.seed, *losses))
+        found.append(Run(arm, recipe, trial.seed, *losses, diverged=diverged))
     return found
 
 
@@ -241,7 +254,7 @@ class Contrast:
     @property
     def diverged(self) -> tuple[int, int]:
         one, other = (
-            sum(not run.validation for own in sets for run in own.values())
+            sum(run.diverged for own in sets for run in own.values())
             for sets in (self.one, self.other)
         )
         return one, other
