@@ -99,6 +99,14 @@ def load_sweep(path: Path) -> Sweep:
         if wrong is None:
             raise
         raise InputError(f"{path}: settings.{wrong}", error.problem, error.remedy) from None
+    if probe.batch.ramp is not None:
+        of_sweep = [key for key in config.settings if key.split(".")[0] == "batch"]
+        raise InputError(
+            f"{path}: settings.{of_sweep[0]}" if of_sweep else f"{run_file}: batch.ramp",
+            "a ramp would begin again in every stage of an arm, so that arms would train on "
+            "different numbers of tokens",
+            "leave the ramp out",
+        )
     high = _group(f"{path}: high", probe, config.high)
     low = _group(f"{path}: low", probe, config.low)
     if both := [task for task in high if task in low]:

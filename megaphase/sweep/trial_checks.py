@@ -41,7 +41,7 @@ def check_run_files(sweep: Sweep, trials: Sequence[Trial]) -> None:
                 error.remedy,
             ) from None
         configs[trial.name] = config
-        _check_comparable(sweep, trial, config, configs[trials[0].name])
+        _check_comparable(sweep, trial, trials, config, configs[trials[0].name])
         if trial.source is None or config.phases[0].optimizer_state != "keep":
             continue
         before, own = (stored_by(each.optimizer) for each in (configs[trial.source], config))
@@ -72,21 +72,41 @@ def _blamed(sweep: Sweep, trial: Trial, error: InputError, key: str) -> InputErr
     return InputError(sweep.where(where), error.problem, error.remedy)
 
 
-def _check_comparable(sweep: Sweep, trial: Trial, config: RunConfig, first: RunConfig) -> None:
+def _check_comparable(
+    sweep: Sweep, trial: Trial, trials: Sequence[Trial], config: RunConfig, first: RunConfig
+) -> None:
     """Reject arms and models that are measured on other text than others, or trained on more."""
 
     def refuse(what: str, remedy: str) -> InputError:
+        models = (name for name, keys in sweep.config.models.items() if "seq_len" in keys)
+        model = next(models, None) if what == "model.seq_len" else None
+        arm = _final_arm(trial, trials) or trial.arm
         return InputError(
-            sweep.where(f"arms.{trial.arm}" if trial.arm in sweep.config.arms else "models"),
+            sweep.where(f"arms.{arm}" if model is None else f"models.{model}"),
             f"changes {what}, which must be the same in all arms and models",
             remedy,
         )
 
     same = "set it in the run file, or under settings of the sweep file"
+    phase, other_phase = config.phase_batch(0), first.phase_batch(0)
+    if phase.ramp is not None:
+        # It would begin again in every stage, since each is a run of its own.
+        raise refuse("the tokens of a step by a ramp", "leave the ramp out")
     for what, value, other in (
         ("the tokenizer", config.tokenizer, first.tokenizer),
         ("model.seq_len", config.model.seq_len, first.model.seq_len),
         ("batch.samples", config.batch.samples, first.batch.samples),
+        (
+            "the tokens of a step",
+            phase.samples * phase.seq_len,
+            other_phase.samples * other_phase.seq_len,
+        ),
+        # Losses are of samples of the last phase's length.
+        (
+            "model.seq_len",
+            phase.seq_len if trial.is_final else config.model.seq_len,
+            first.model.seq_len,
+        ),
         ("validation.samples", config.validation.samples, first.validation.samples),
         ("validation.harness", config.validation.harness, first.validation.harness),
         # A relative path under an arm's settings has no file that it could be relative to.
@@ -115,12 +135,18 @@ def _splits(config: RunConfig, task: str) -> tuple[float, float, int]:
 
 def _arm_of(sweep: Sweep, trial: Trial, trials: Sequence[Trial]) -> str | None:
     """Return an arm of phases to which a run belongs; None if it is of a short form."""
+    arm = _final_arm(trial, trials)
+    return arm if arm is not None and sweep.kind(arm) == PHASES else None
+
+
+def _final_arm(trial: Trial, trials: Sequence[Trial]) -> str | None:
+    """Return an arm to which a run belongs; None if no run starts from it."""
     while not trial.is_final:
         branch = next((each for each in trials if each.source == trial.name), None)
         if branch is None:  # of a peak that was not taken for the best one
             return None
         trial = branch
-    return trial.arm if sweep.kind(trial.arm) == PHASES else None
+    return trial.arm
 
 
 def _phase_of(sweep: Sweep, arm: str, trial: Trial) -> str:

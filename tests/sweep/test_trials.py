@@ -157,6 +157,8 @@ def test_settings_models_and_early_stopping_reach_the_run_files(
     assert wide.takes_best
 
 
+RAMP = {"ramp": {"from": 2, "step": 2, "tokens": 100}}
+SHORT_SAMPLES = {"rate": 0.1, "batch": {"samples": 16}, "model": {"seq_len": 16}}
 ODD_BATCH = {"share": 0.2, "rate": 0.1, "batch": {"samples": 7, "micro": 2}}
 LION = {"rate": 0.1, "optimizer_state": "keep", "settings": {"optimizer.name": "lion"}}
 HARNESS = {"tasks": ["belebele_eng_Latn"], "every_steps": 10}
@@ -182,7 +184,7 @@ ONCE_LOW = {"proportional": True, "over": list(LOW), "max_epochs": 0.1}
         ({"models": {"odd": {"hiden": 3}}}, ": models.odd.hiden: unknown key 'hiden'"),
         (
             {"models": {"odd": {"seq_len": 16}, "base": {}}},
-            ": models: changes model.seq_len, which must be the same in all arms and models",
+            ": models.odd: changes model.seq_len, which must be the same in all arms and models",
         ),
         (
             {"arms": {"pretrain": {"kind": "static", "rates": [0.1]}}},
@@ -206,6 +208,9 @@ ONCE_LOW = {"proportional": True, "over": list(LOW), "max_epochs": 0.1}
             for key, value, what in (
                 ("model.seq_len", 16, "model.seq_len"),
                 ("batch.samples", 16, "batch.samples"),
+                ("phases[0].batch", {"samples": 16}, "the tokens of a step"),
+                ("phases[*].batch", RAMP, "the tokens of a step by a ramp"),
+                ("phases[0].model", {"seq_len": 16}, "the tokens of a step"),
                 ("tokenizer", "other", "the tokenizer"),
                 (f"tasks.{LOW[0]}.corpus", "other", f"the corpus of {LOW[0]}"),
                 ("validation.harness", HARNESS, "validation.harness"),
@@ -227,6 +232,27 @@ ONCE_LOW = {"proportional": True, "over": list(LOW), "max_epochs": 0.1}
         (
             {"arms": {"odd": {"phases": [{"share": 0.5, "rate": 0}, ODD_BATCH, {"rate": 0.1}]}}},
             ": arms.odd.phases[1].batch.micro: 2 does not divide the 7 samples of a step; change",
+        ),
+        (
+            {"settings": {"batch.ramp": RAMP["ramp"]}},
+            ": settings.batch.ramp: a ramp would begin again in every stage of an arm, so",
+        ),
+        (
+            {"arms": {"odd": {"phases": [{"share": 0.5, "rate": 0}, SHORT_SAMPLES]}}},
+            ": arms.odd: changes model.seq_len, which must be the same in all arms and models",
+        ),
+        (
+            {
+                "arms": {
+                    "odd": {
+                        "phases": [
+                            {"share": 0.5, "rate": 0, "batch": {"samples": 2}},
+                            {"rate": 0.1},
+                        ]
+                    }
+                }
+            },
+            ": arms.odd: changes the tokens of a step, which must be the same in all arms",
         ),
         (
             {"arms": {"odd": {"phases": [{"share": 0.5, "rate": 0}, LION]}}},

@@ -15,6 +15,8 @@ from megaphase.utils.errors import InputError
 from megaphase.utils.remote_files import joined
 
 RATE_DECIMALS = 6
+# In what phases of arms differ that have no other settings, such as an order or a batch.
+USUAL_KEYS = {"name", "steps", "mixture", "learning_rate", "optimizer_state"}
 
 Phase = dict[str, Any]
 

@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 from megaphase.optim.schedules import LearningRateConfig, learning_rate
 from megaphase.report.load_run import load_run
 from megaphase.report.runs import PhasePlan
+from megaphase.sweep.arms.run_files import USUAL_KEYS
 from megaphase.sweep.arms.setting import TriedSetting
 from megaphase.sweep.directory import SweepRecord
 from megaphase.sweep.law.model_size import parameters_without_vocabulary
 from megaphase.sweep.outcome import Outcome
 from megaphase.sweep.pareto.points import reason_of_failure
+from megaphase.sweep.sweep import OWN_KEYS
 from megaphase.sweep.trials import Trial, chain_of
 
 
@@ -144,13 +146,14 @@ def law_rows(
         InputError: the directory of a run is damaged.
     """
     left_out: dict[TriedSetting, str] = {}
+    trials = {trial.name: trial for trial in record.trials}
     for trial in record.trials:
         if trial.is_final and trial.name in record.outcomes:
-            reason = _unsuitable(record, trial, record.outcomes[trial.name])
+            chain = chain_of(trial, trials)
+            reason = _unsuitable(record, chain, record.outcomes[trial.name])
             if reason is not None:
                 left_out[trial.setting] = reason
     name = name or record.sweep.output.name
-    trials = {trial.name: trial for trial in record.trials}
     known_phases = dict(phases or {})
     rows = []
     for trial in record.trials:
@@ -204,17 +207,25 @@ def _epoch_tokens(task: str, plans: Sequence[PhasePlan], text: int) -> int:
     return round(sum(share.tokens for share in shares) / epochs) if epochs > 0 else text
 
 
-def _unsuitable(record: SweepRecord, trial: Trial, outcome: Outcome) -> str | None:
+def _unsuitable(record: SweepRecord, chain: Sequence[Trial], outcome: Outcome) -> str | None:
+    """Return why the last of these runs, each of which starts from the one before, has no row."""
+    trial = chain[-1]
     if reason_of_failure(outcome) is not None:
         return FAILED
     if trial.takes_best or trial.takes_average:
         return OTHER_WEIGHTS
-    own = {"seed", "output", "phases", "model"}
-    of_run = {key: value for key, value in trial.run.items() if key not in own}
-    base = {key: value for key, value in record.sweep.base.items() if key not in own}
-    models = record.sweep.config.models
-    model = record.sweep.base["model"] | (models[trial.model] if trial.model else {})
-    return None if of_run == base and trial.run["model"] == model else OTHER_VALUES
+    of_sweep = _run_values(record.sweep.base)
+    of_sweep["model"] |= record.sweep.config.models[trial.model] if trial.model else {}
+    if any(_run_values(each.run) != of_sweep for each in chain):
+        return OTHER_VALUES
+    return None if all(phase.keys() <= USUAL_KEYS for phase in trial.phases) else OTHER_VALUES
+
+
+def _run_values(run: Mapping[str, Any]) -> dict[str, Any]:
+    # Checkpoints change no loss, and every run uploads its own to another folder.
+    own = (*OWN_KEYS, "checkpoint")
+    found = {key: value for key, value in run.items() if key not in own}
+    return found | {"model": dict(found["model"])}
 
 
 def _phases(trial: Trial, plans: Sequence[PhasePlan]) -> list[LawPhase]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megaphase.sweep.arms.run_files import USUAL_KEYS
 from megaphase.sweep.directory import SweepRecord
 
 
@@ -31,7 +32,9 @@ def is_baseline(record: SweepRecord, name: str) -> bool:
     tasks = [*sweep.high, *sweep.low]
     finals = [trial for trial in record.trials if trial.arm == name and trial.is_final]
     return bool(finals) and all(
-        _is_one_mixture([phase["mixture"] for phase in trial.phases], tasks) for trial in finals
+        _is_one_mixture([phase["mixture"] for phase in trial.phases], tasks)
+        and all(phase.keys() <= USUAL_KEYS for phase in trial.phases)
+        for trial in finals
     )
 
 

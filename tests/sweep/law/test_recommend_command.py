@@ -3,6 +3,7 @@
 import csv
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from megaphase.sweep.law.rows import FORGETTING, OTHER_VALUES, OTHER_WEIGHTS, la
 from megaphase.sweep.law.sweep_law import combined
 from megaphase.sweep.law.table import setting_groups
 from megaphase.sweep.pareto.report import SweepReport
+from megaphase.sweep.trials import known_trials
 from megaphase.utils.errors import InputError
 
 ARMS = {
@@ -46,6 +48,34 @@ def sweep(tmp_path_factory):
 def run(*arguments, cwd):
     command = [sys.executable, "-m", "megaphase", "recommend", *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+
+def test_settings_with_other_values_in_one_of_their_phases_have_no_rows(tmp_path):
+    last = {"rate": 0.1}
+    arms = {
+        "static": {"rates": [0.1]},
+        "weighted": {"phases": [last | {"loss_weights": {"hi": 2}}]},
+        "decayed": {
+            "phases": [
+                {"share": 0.5, "rate": 0.1, "settings": {"optimizer.weight_decay": 0.3}},
+                last,
+            ]
+        },
+        "averaged": {
+            "phases": [
+                {"share": 0.5, "rate": 0.2, "average": {"kind": "ema", "decay": 0.9}},
+                last | {"begin_from": "average"},
+            ]
+        },
+        "plain": {"phases": [{"share": 0.5, "rate": 0.2}, last | {"order": "balanced"}]},
+    }
+    record = load_sweep_record(write_sweep(tmp_path / "sweep", arms, seeds=[1, 2]))
+    # Every run uploads its own checkpoints, which says nothing of its losses.
+    base = record.sweep.base | {"checkpoint": {"upload": "s3://bucket/runs"}}
+    sweep = record.sweep.model_copy(update={"base": base})
+    found = law_rows(replace(record, sweep=sweep, trials=known_trials(sweep, record.outcomes)))
+    assert found.left_out == {OTHER_VALUES: 3 * 2}  # two peaks each
+    assert {row.setting.arm for row in found.rows} == {"static", "plain"}
 
 
 def test_rows_have_what_the_runs_did(sweep):

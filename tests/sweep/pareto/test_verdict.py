@@ -347,6 +347,10 @@ def test_baselines_are_the_arms_whose_mixture_of_all_tasks_never_changes():
         "cascade": {"phases": [flat | {"share": 0.5}, {"mixture": {"temperature": 5}}]},
         "over": {"phases": [{"mixture": {"temperature": 2, "over": "high"}}]},
         "dropout": {"phases": [flat | {"settings": {"model.dropout": 0.1}}]},
+        "weighted": {"phases": [flat | {"loss_weights": {"hi": 2}}]},
+        "averaged": {"phases": [flat | {"average": {"kind": "ema", "decay": 0.9}}]},
+        "sampled": {"phases": [flat | {"order": ["balanced", "random"]}]},
+        "usual": {"phases": [flat | {"order": "balanced", "average": None}]},
         "random": {"kind": "static", "rates": [0.1], "settings": {"phases[*].order": "random"}},
         "restart-random": {"kind": "restart", "rates": [0.1], "pretrain": [0.8],
                            "settings": {"phases[*].order": "random"}},
@@ -354,7 +358,7 @@ def test_baselines_are_the_arms_whose_mixture_of_all_tasks_never_changes():
     record = record_of(arms, lambda _: (4.0, 6.0), seeds=[1])
     (fronts,) = fronts_of(record)
     found = [arm.arm for arm in fronts.arms if arm.is_baseline]
-    assert found == ["static", "restart", "temperature", "unimax", "restarted"]
+    assert found == ["static", "restart", "temperature", "unimax", "restarted", "usual"]
     with_static = [c.arm for c in contrasts_of(record, [fronts]) if c.against == "static"]
     assert with_static == [name for name in arms if name != "static"]
     assert {arm.arm for arm in fronts.arms if arm.kind == "static"} == {"static"}
