@@ -180,6 +180,7 @@ def test_the_first_stage_of_two_phase_is_shared_with_arms_that_are_spelled_out()
 
 def test_what_is_spelled_as_it_would_be_without_is_the_same_run() -> None:
     usual = {"schedule": "cosine", "final": 0.1, "warmup": 0.03, "scale_with_batch": "none"}
+    usual["peak"] = None  # a blank: the sweep's peaks
     first = {"share": 0.5, "rate": 0.1}
     spelled = first | {"learning_rate": usual, "optimizer_state": "reset", "order": "balanced"}
     arms = {"a": {"phases": [first, {"rate": 0.3}]}, "b": {"phases": [spelled, {"rate": 0.4}]}}

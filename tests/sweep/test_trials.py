@@ -234,6 +234,10 @@ ONCE_LOW = {"proportional": True, "over": list(LOW), "max_epochs": 0.1}
             ": arms.odd.phases[1].batch.micro: 2 does not divide the 7 samples of a step; change",
         ),
         (
+            {"arms": {"odd": {"phases": [{"rate": 0.1, "learning_rate": {"peak": [1e-3, None]}}]}}},
+            ": arms.odd.phases[0].learning_rate.peak: one of the values to try is empty; write a",
+        ),
+        (
             {"settings": {"batch.ramp": RAMP["ramp"]}},
             ": settings.batch.ramp: a ramp would begin again in every stage of an arm, so",
         ),

@@ -142,11 +142,18 @@ class _Recipes:
         """Return every combination of the values of a phase, with the peaks to be tried."""
         where, axis = f"{self.where}.phases[{number}]", f"phases[{number}]"
         raw, peaks = dict(raw), []
-        if isinstance(rate := raw.get("learning_rate"), dict) and "peak" in rate:
+        rate = raw.get("learning_rate")
+        if isinstance(rate, dict) and rate.get("peak") is not None:
             given = combinations(
                 {"peak": rate["peak"]}, PhaseSchedule, "", f"{where}.learning_rate"
             )
             peaks = [value["peak"] for _, value in given]
+            if None in peaks:
+                raise InputError(
+                    f"{where}.learning_rate.peak",
+                    "one of the values to try is empty",
+                    "write a number, or leave it out",
+                )
             raw["learning_rate"] = {key: rate[key] for key in rate if key != "peak"}
         found = []
         for axes, values in combinations(raw, ArmPhase, axis, where):
