@@ -121,9 +121,10 @@ def refuse_failures(found: Sweep, directory: SweepDirectory, outcomes: dict[str,
     failed = [trial.name for trial in known if _has_failed(outcomes.get(trial.name))]
     if not failed:
         if missing := count_trials(found) - len(known):
+            pruned = "" if found.config.halving is None else " or were pruned"
             raise RunError(
                 f"{missing} runs could not start: the first stages before them have "
-                f"diverged with every peak; add lower peaks to {found.file}"
+                f"diverged{pruned} with every peak; add lower peaks to {found.file}"
             )
         return
     shown = ", ".join(failed[:NAMED_AT_MOST]) + (", …" if failed[NAMED_AT_MOST:] else "")

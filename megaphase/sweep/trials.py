@@ -156,6 +156,18 @@ def expected_trials(
     return _trials(sweep, choose)
 
 
+def certain_sources(sweep: Sweep, outcomes: Mapping[str, Outcome]) -> set[str]:
+    """Return the names of the runs from which others start, whatever is chosen among first stages
+    that have not all ended: those of an only peak, or of every one."""
+
+    def choose(candidates: Sequence[Trial]) -> float | None:
+        if len({trial.peak for trial in candidates}) == 1:
+            return candidates[0].peak
+        return best_peak(sweep, candidates, outcomes)
+
+    return {trial.source for trial in _trials(sweep, choose) if trial.source is not None}
+
+
 def count_trials(sweep: Sweep) -> int:
     """Return the number of runs in the end if none fails."""
     return len(all_trials(sweep))

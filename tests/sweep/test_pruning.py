@@ -16,7 +16,7 @@ from megaphase.sweep.outcome import Outcome
 from megaphase.sweep.planning.pruning import comparison_steps, sweep_state
 from megaphase.sweep.planning.ranking import by_fronts, by_loss
 from megaphase.sweep.sweep import Sweep
-from megaphase.sweep.trials import Trial, all_trials
+from megaphase.sweep.trials import Trial, all_trials, known_trials
 from megaphase.utils.errors import InputError
 
 EVERY = 3
@@ -162,7 +162,7 @@ def test_of_a_front_the_most_isolated_are_kept() -> None:
 
 def test_comparisons_are_at_validations() -> None:
     sweep = pruned_sweep({"at": [0.3, 0.5, 0.9]})
-    steps = {t.first_step: comparison_steps(sweep, t) for t in all_trials(sweep) if t.is_final}
+    steps = {t.first_step: comparison_steps(sweep, [t]) for t in all_trials(sweep) if t.is_final}
     assert steps == {0: [18, 30, 54], 30: [39, 45, 57]}
 
 
@@ -170,6 +170,54 @@ def test_a_comparison_needs_a_validation_before_it() -> None:
     sweep = pruned_sweep({"at": [0.05]})
     with pytest.raises(InputError, match=r"prune\.at: 0\.05 of the 30 steps .* before its first"):
         sweep_state(sweep, {}, {})
+
+
+FIRST, OTHERS = {"share": 0.5, "rate": 0.1}, {"peak": PEAKS}
+NEEDED = {"peak": PEAKS[0]}
+
+
+@pytest.mark.parametrize(
+    "arms",
+    [
+        {"a": {"phases": [FIRST | {"learning_rate": NEEDED}, {"rate": 0.2}]}},
+        {
+            "a": {
+                "branch_from": "every_peak",
+                "phases": [FIRST | {"learning_rate": NEEDED}, {"rate": 0.2}],
+            }
+        },
+        {"a": {"phases": [FIRST | {"learning_rate": {"peak": PEAKS[::2]}}, {"rate": 0.2}]}},
+    ],
+    ids=["its only peak", "every peak", "one of other peaks"],
+)
+@pytest.mark.parametrize("seed", range(4))
+def test_a_first_stage_that_another_arm_needs_is_not_pruned(arms: Any, seed: int) -> None:
+    """Every arm has runs that spend the budget, whatever the losses."""
+    both = arms | {"b": {"phases": [FIRST | {"learning_rate": OTHERS}, {"rate": 0.3}]}}
+    sweep = pruned_sweep("halving", both, seeds=[1])
+    lottery = Lottery(Random(seed))
+    lottery.fate = lambda trial: "ends"  # type: ignore[method-assign]
+    outcomes = run_all(sweep, lottery, Random(seed))
+    known = {trial.name: trial for trial in known_trials(sweep, outcomes)}
+    ended = {known[name].arm for name, outcome in outcomes.items() if not outcome.pruned}
+    assert {"a", "b"} <= ended
+    assert len(known) == len(all_trials(sweep))
+
+
+def test_runs_with_other_validations_are_compared_where_all_have_one() -> None:
+    every = {"static": {"rates": [0.5], "settings": {"validation.every_steps": [4, 6]}}}
+    more = {"learning_rate": {"peaks": PEAKS[:1]}, "seeds": [1], "prune": {"at": [0.5]}}
+    sweep = pruned_sweep(arms=every, **more)
+    state = sweep_state(sweep, {}, {})
+    assert [(each.trial.validation_every, each.end_after) for each in state.pending_runs] == [
+        (4, 24), (6, 24)
+    ]  # fmt: skip
+    outcomes = run_all(sweep, Lottery(Random(1)), Random(1))
+    assert len([each for each in outcomes.values() if each.pruned]) <= 1
+    assert len(outcomes) == 2
+    rare = {"static": {"rates": [0.5], "settings": {"validation.every_steps": [7, 10]}}}
+    with pytest.raises(InputError, match="first validation of all runs .* is 7 and 10; lower"):
+        sweep_state(pruned_sweep(arms=rare, **more), {}, {})
 
 
 def test_without_prune_all_runs_are_trained_at_once() -> None:

@@ -32,11 +32,13 @@ class SweepProgress:
         ended: number of ended runs, including failed ones.
         planned: number of runs if none fails.
         waiting: whether known runs have not ended.
+        prunes: whether worse settings are stopped.
     """
 
     ended: int
     planned: int
     waiting: bool
+    prunes: bool = False
 
     @property
     def sentence(self) -> str:
@@ -44,7 +46,8 @@ class SweepProgress:
         if self.waiting:
             return f"Not finished: {self.ended:,} of {self.planned:,} runs have ended."
         missing = self.planned - self.ended
-        never = f" {missing:,} more could not start: the runs before them have failed or diverged."
+        reasons = "failed, diverged or been pruned" if self.prunes else "failed or diverged"
+        never = f" {missing:,} more could not start: the runs before them have {reasons}."
         return f"Finished: {self.ended:,} runs.{never if missing > 0 else ''}"
 
 
@@ -75,7 +78,8 @@ def progress_of(record: SweepRecord) -> SweepProgress:
     blocked = {trial.name for trial in blocked_trials(record.trials, record.outcomes)}
     settled = blocked | record.outcomes.keys()
     waiting = any(trial.name not in settled for trial in record.trials)
-    return SweepProgress(len(record.outcomes), count_trials(record.sweep), waiting)
+    prunes = record.sweep.config.halving is not None
+    return SweepProgress(len(record.outcomes), count_trials(record.sweep), waiting, prunes)
 
 
 def verdicts_of(

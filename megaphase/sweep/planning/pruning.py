@@ -8,6 +8,7 @@ matter when and in which order the runs got there, or whether the sweep was kill
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from statistics import fmean
@@ -21,6 +22,7 @@ from megaphase.sweep.sweep import Sweep
 from megaphase.sweep.trials import (
     Trial,
     blocked_trials,
+    certain_sources,
     expected_trials,
     known_trials,
     own_loss,
@@ -149,14 +151,16 @@ def compared_settings(sweep: Sweep, outcomes: Mapping[str, Outcome]) -> list[Com
     Raises:
         InputError: a comparison would be before the first validation.
     """
-    choices: list[Sequence[Trial]] = []
-    expected = expected_trials(sweep, outcomes, choices.append)
-    sources = {trial.source for trial in expected}
+    every_choice: list[Sequence[Trial]] = []
+    expected = expected_trials(sweep, outcomes, every_choice.append)
+    choices = {frozenset(trial.name for trial in found): found for found in every_choice}
+    sources = certain_sources(sweep, outcomes)
+    members = Counter(name for names in choices for name in names)
     groups: dict[object, list[Trial]] = {}
-    for candidates in choices:
-        # Where an arm also starts from others than the best one, all are needed.
-        if candidates and len({t.peak for t in candidates if t.name in sources}) < 2:
-            groups.setdefault(frozenset(trial.name for trial in candidates), [*candidates])
+    for names, candidates in choices.items():
+        # Another arm may need a stage that is not the best here.
+        if not any(name in sources or members[name] > 1 for name in names):
+            groups[names] = [*candidates]
     for trial in expected:
         if trial.is_final:
             key = trial.arm, trial.model, trial.first_step, trial.steps
@@ -169,20 +173,25 @@ def _compared(sweep: Sweep, trials: Sequence[Trial], blocked: Set[str]) -> Compa
     settings: dict[TriedSetting, list[Trial]] = {}
     for trial in trials:
         settings.setdefault(trial.setting, []).append(trial)
-    steps = comparison_steps(sweep, trials[0]) if len(settings) > 1 else []
+    steps = comparison_steps(sweep, trials) if len(settings) > 1 else []
     return ComparedSettings(settings, steps, trials[0].is_final, blocked)
 
 
-def comparison_steps(sweep: Sweep, trial: Trial) -> list[int]:
-    """Return the steps at which the run is compared: the validations at or before the fractions of
-    its own steps, counted over the whole run.
+def comparison_steps(sweep: Sweep, trials: Sequence[Trial]) -> list[int]:
+    """Return the steps at which runs of the same steps are compared: the validations that all of
+    them have at or before the fractions of their own steps, counted over the whole run.
 
     Raises:
-        InputError: there is no validation before one of them.
+        InputError: there is no such validation before one of them.
     """
-    halving = sweep.config.halving
+    halving, trial = sweep.config.halving, trials[0]
     assert halving is not None
-    every = trial.validation_every
+    intervals = sorted({each.validation_every for each in trials})
+    every = math.lcm(*intervals)
+    which = "its first validation"
+    if len(intervals) > 1:
+        which = "the first validation of all runs that are compared"
+    told = " and ".join(f"{each:,}" for each in intervals)
     found: list[int] = []
     for fraction in halving.at:
         step = trial.first_step + int(as_written(fraction) * trial.steps)
@@ -190,8 +199,8 @@ def comparison_steps(sweep: Sweep, trial: Trial) -> list[int]:
         if step <= trial.first_step:
             raise InputError(
                 sweep.where("prune.at"),
-                f"{fraction:g} of the {trial.steps:,} steps of {trial.name} is before its first "
-                f"validation, and validation.every_steps is {every:,}",
+                f"{fraction:g} of the {trial.steps:,} steps of {trial.name} is before {which}, "
+                f"and validation.every_steps is {told}",
                 "lower validation.every_steps, or raise the fraction",
             )
         if step not in found:
