@@ -216,7 +216,7 @@ def test_runs_with_other_validations_are_compared_where_all_have_one() -> None:
     assert len([each for each in outcomes.values() if each.pruned]) <= 1
     assert len(outcomes) == 2
     rare = {"static": {"rates": [0.5], "settings": {"validation.every_steps": [7, 10]}}}
-    with pytest.raises(InputError, match="first validation of all runs .* is 7 and 10; lower"):
+    with pytest.raises(InputError, match=r"first validation of all runs .* is 7 and 10; lower"):
         sweep_state(pruned_sweep(arms=rare, **more), {}, {})
 
 
