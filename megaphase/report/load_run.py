@@ -120,11 +120,9 @@ def _shortened(
     rates = None if whole is None else whole.until(steps)
     tasks = {}
     for task, share in phase.tasks.items():
-        part, rate = steps / max(phase.steps, 1), share.rate
-        if whole is not None and rates is not None and steps < phase.steps:
-            sums = rates.samples_of(task), whole.samples_of(task)
-            part = sums[0] / sums[1] if sums[1] else part
-            rate = sums[0] / max(rates.samples[-1], 1)
+        part, rate = phase.part(steps, task), share.rate
+        if rates is not None and steps < phase.steps:
+            rate = rates.samples_of(task) / max(rates.samples[-1], 1)
         left_out[task] = left_out.get(task, 0.0) + share.epochs * (1 - part)
         tasks[task] = TaskShare(
             rate=rate,
@@ -133,12 +131,12 @@ def _shortened(
             epochs=share.epochs * part,
             epochs_so_far=share.epochs_so_far - left_out[task],
         )
-    tokens = round(phase.tokens * steps / max(phase.steps, 1))
     return PhasePlan(
         name=phase.name,
         steps=steps,
         seq_len=phase.seq_len,
-        tokens=tokens,
+        tokens=round(phase.tokens * phase.part(steps)),
+        batch=phase.batch_until(steps),
         tasks=tasks,
         rates_over_steps=rates,
         ended_early=reason,

@@ -40,19 +40,51 @@ class TaskShare(_Record):
     epochs_so_far: float
 
 
+class BatchRange(_Record):
+    """Steps of a phase with one batch: their number, and the samples of each of them."""
+
+    steps: int
+    samples: int
+
+
 class PhasePlan(_Record):
     """One phase as planned or, if it ended early, as it was, and why it ended.
 
     seq_len: None where all phases have that of the `model` section.
+    batch: in the order of the steps; empty in plans of earlier versions.
     """
 
     name: str
     steps: int
     seq_len: int | None = None
     tokens: int
+    batch: list[BatchRange] = []
     tasks: dict[str, TaskShare]
     rates_over_steps: RatesOverSteps | None = None
     ended_early: str | None = None
+
+    def part(self, steps: int, task: str | None = None) -> float:
+        """Return the fraction of the phase's samples, or of a task's, that its first steps have."""
+        steps = min(max(steps, 0), self.steps)
+        rates = self.rates_over_steps
+        if task is not None and rates is not None and (whole := rates.samples_of(task)):
+            return rates.until(steps).samples_of(task) / whole
+        return self._samples(steps) / max(self._samples(self.steps), 1)
+
+    def batch_until(self, steps: int) -> list[BatchRange]:
+        """Return the batch of the phase's first steps alone."""
+        found, left = [], steps
+        for each in self.batch:
+            if left > 0:
+                found.append(each.model_copy(update={"steps": min(each.steps, left)}))
+            left -= each.steps
+        return found
+
+    def _samples(self, steps: int) -> int:
+        """Return the samples of the first steps; their number if the batch is not known."""
+        if not self.batch:
+            return steps
+        return sum(each.steps * each.samples for each in self.batch_until(steps))
 
 
 class PlanRecord(_Record):

@@ -71,3 +71,29 @@ def test_a_phase_with_a_curve_that_ended_early_has_the_samples_until_then(tmp_pa
     assert joint.tasks["hi"].samples == round(joint.tasks["hi"].rate * steps * SAMPLES)
     assert joint.tasks["hi"].samples < whole * steps / STEPS or steps == 0
     assert joint.tasks["fr"].samples == round(0.3 * steps * SAMPLES)
+
+
+def test_a_phase_with_a_ramp_that_ended_early_has_the_samples_of_its_steps(tmp_path):
+    """The first ten steps take 2 samples each, the others 8: 20 of 180 after a third."""
+    run_dir = write_run(tmp_path / "ramp")
+    path = run_dir / "plan.json"
+    plan = json.loads(path.read_text())
+    joint = plan["phases"][1]
+    joint["batch"] = [
+        {"first_step": 0, "steps": 10, "samples": 2},
+        {"first_step": 10, "steps": 20, "samples": 8},
+    ]
+    path.write_text(json.dumps(plan))
+    metrics = run_dir / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    for steps, part in ((10, 20 / 180), (15, 60 / 180), (30, 1), (0, 0)):
+        end = PHASES[0][1] + steps
+        kept = [row for row in rows if row["step"] <= end and row.get("event") != "phase_end"]
+        kept.append({"step": end, "event": "phase_end", "phase": "joint", "reason": "overfit"})
+        metrics.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        found = load_run(run_dir).plan.phases[1]
+        assert found.tokens == round(joint["tokens"] * part)
+        for task, share in joint["tasks"].items():
+            assert found.tasks[task].samples == round(share["samples"] * part)
+            assert found.tasks[task].epochs == pytest.approx(share["epochs"] * part)
+        assert sum(each.steps for each in found.batch) == steps

@@ -150,7 +150,7 @@ def _seen(run: RunRecord, task: str, step: int) -> tuple[float, float]:
     begin, tokens, epochs = run.origin.step, 0.0, 0.0
     for phase in run.plan.phases:
         share = phase.tasks.get(task)
-        part = 0.0 if share is None else _part(phase, task, step - begin)
+        part = 0.0 if share is None else phase.part(step - begin, task)
         begin += phase.steps
         if share is None:
             continue
@@ -158,14 +158,6 @@ def _seen(run: RunRecord, task: str, step: int) -> tuple[float, float]:
         tokens += part * share.tokens
         epochs = max(epochs, share.epochs_so_far - (1 - part) * share.epochs)
     return tokens, epochs
-
-
-def _part(phase: PhasePlan, task: str, steps: int) -> float:
-    """Return the fraction of a task's samples of a phase that its first steps have."""
-    steps = min(max(steps, 0), phase.steps)
-    if (rates := phase.rates_over_steps) is not None and (whole := rates.samples_of(task)):
-        return rates.until(steps).samples_of(task) / whole
-    return steps / max(phase.steps, 1)
 
 
 def _joined(source: RunCurves, run: RunCurves, switch: int) -> RunCurves:
