@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from megaphase.launch.slurm.pipeline import (
     scripts,
     submit_pipeline,
 )
-from megaphase.sweep.directory import SweepDirectory
+from megaphase.sweep.directory import SweepDirectory, run_file_text
 from megaphase.sweep.display import SweepDisplay
 from megaphase.sweep.file import ClusterJobs
 from megaphase.sweep.measurements import (
@@ -42,7 +42,7 @@ from megaphase.sweep.measurements import (
 )
 from megaphase.sweep.outcome import Outcome
 from megaphase.sweep.planning.pruning import PendingRun, SweepState, sweep_state
-from megaphase.sweep.start import checked_sweep, open_sweep, refuse_failures, say_warnings
+from megaphase.sweep.start import checked_sweep, refuse_failures, say_warnings
 from megaphase.sweep.sweep import Sweep
 from megaphase.sweep.trial_run import (
     collect_results,
@@ -96,15 +96,23 @@ def sweep_on_slurm(path: Path, program: Any, *, retry: bool, console: Console) -
 def next_scripts(path: Path, program: Any) -> Iterator[tuple[str, Sequence[str], str]]:
     """Yield (name, earlier steps, batch script) of all jobs that would be submitted next.
 
+    Their files are in a folder of their own, so that the sweep's directory is as it was.
+
     Raises:
         InputError: the sweep file or a run file is invalid, or a run is in the queue.
     """
-    found, directory = open_sweep(path)
+    found, directory = checked_sweep(path)
     jobs = _cluster_jobs(found)
     pending_runs = sweep_state(found, directory.outcomes(), directory.rungs()).pending_runs
     folder = directory.slurm / _DRY_RUN
     remove_directory(folder)
-    pipeline = _write_round(found, directory, jobs, pending_runs, folder, program)
+
+    def write_run_file(trial: Trial, file: Path) -> None:
+        atomic_write_text(file, run_file_text(trial))
+
+    pipeline = _write_round(
+        found, directory, jobs, pending_runs, folder, program, write_run_file=write_run_file
+    )
     for name, script in scripts(pipeline).items():
         yield name, pipeline.steps[name].after, script
 
@@ -227,7 +235,13 @@ class SlurmSweep:
         folder = self.directory.slurm / f"round-{number:03}"
         try:
             pipeline = _write_round(
-                self.sweep, self.directory, self.jobs, pending_runs, folder, self.program
+                self.sweep,
+                self.directory,
+                self.jobs,
+                pending_runs,
+                folder,
+                self.program,
+                write_run_file=self._link_run_file,
             )
             self._link_results(_groups(pending_runs), folder)
             jobs = submit_pipeline(pipeline, sorted(behind))
@@ -244,6 +258,9 @@ class SlurmSweep:
         self._say(f"Output: {pipeline.logs_folder}")
         self._say(f"Follow: squeue --jobs {','.join(jobs.values())}")
         self._say(f"Show results: megaphase report {shlex.quote(str(self.directory.path))}")
+
+    def _link_run_file(self, trial: Trial, link: Path) -> None:
+        _link(link, self.directory.write_run_file(self.sweep, trial))
 
     def _link_results(self, groups: Groups, folder: Path) -> None:
         """Link the results of a run's measurements by task number, since a task of an array does
@@ -300,14 +317,18 @@ def _write_round(
     pending_runs: Sequence[PendingRun],
     folder: Path,
     program: Any,
+    *,
+    write_run_file: Callable[[Trial, Path], None],
 ) -> Pipeline:
-    """Write the pipeline that trains runs, and the files that it names, into its folder."""
+    """Write the pipeline that trains runs, and the files that it names, into its folder.
+
+    write_run_file: makes the file of this path the run file of a run.
+    """
     groups = _groups(pending_runs)
     for name, members in groups.items():
         make_directory(folder / name)
         for task, (trial, _) in enumerate(members):
-            run_file = directory.write_run_file(sweep, trial)
-            _link(folder / name / f"{task}.yaml", run_file)
+            write_run_file(trial, folder / name / f"{task}.yaml")
     content = {"logs": "logs", "steps": _steps(sweep, directory, jobs, groups, folder)}
     make_directory(folder)
     atomic_write_text(folder / PIPELINE_FILE, yaml.safe_dump(content, sort_keys=False))

@@ -87,19 +87,6 @@ def checked_sweep(path: Path) -> tuple[Sweep, SweepDirectory]:
     return found, directory
 
 
-def open_sweep(path: Path) -> tuple[Sweep, SweepDirectory]:
-    """Likewise, and prepare its directory.
-
-    Raises:
-        InputError: as above.
-        RunError: another process runs this sweep.
-    """
-    found, directory = checked_sweep(path)
-    with directory.locked():
-        directory.prepare(found)
-    return found, directory
-
-
 def say_warnings(found: Sweep, console: Console) -> None:
     """Print what makes the sweep's results noisy."""
     for warning in found.warnings:

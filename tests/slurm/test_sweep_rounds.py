@@ -132,9 +132,14 @@ def test_dry_run_prints_the_scripts_of_the_first_round(corpora: Path, tmp_path: 
     # The printed scripts can be inspected, and submitted by hand.
     folder = tmp_path / "out" / "slurm" / "dry-run"
     assert list(yaml.safe_load((folder / "pipeline.yaml").read_text())["steps"])[-1] == "next"
-    trained = [(folder / "first-stage" / f"{task}.yaml").resolve().name for task in range(2)]
-    assert trained == ["pretrain-0.6-p0.01-s11.yaml", "pretrain-0.6-p0.005-s11.yaml"]
+    files = [folder / "first-stage" / f"{task}.yaml" for task in range(2)]
+    trained = [Path(yaml.safe_load(file.read_text())["output"]).name for file in files]
+    assert trained == ["pretrain-0.6-p0.01-s11", "pretrain-0.6-p0.005-s11"]
     assert [path.name for path in folder.parent.iterdir()] == ["dry-run"]
+    # And that is all: other settings may follow.
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["slurm"]
+    done = call(write(tmp_path, content | {"steps": 12}), "--slurm", "--dry-run")
+    assert done.exit_code == 0, done.exception
 
 
 # On a real Slurm

@@ -16,12 +16,12 @@ from typing import Any
 import typer
 import yaml
 from run_support import make_corpora, run_settings, write_run_file
+from sweep_run_support import open_sweep
 from warm_commands import run_well
 from warm_process import WarmProcess
 
 from megaphase.cli import app
 from megaphase.launch.local import free_port, rank_environment
-from megaphase.sweep.start import open_sweep
 from megaphase.utils.errors import EXIT_WRONG_INPUT, InputError
 from megaphase.utils.locale_settings import require_utf8
 

@@ -16,7 +16,8 @@ from megaphase.sweep.directory import SweepDirectory
 from megaphase.sweep.display import SweepDisplay
 from megaphase.sweep.local import Machine, Start, run_locally
 from megaphase.sweep.outcome import Outcome
-from megaphase.sweep.start import open_sweep
+from megaphase.sweep.start import checked_sweep
+from megaphase.sweep.sweep import Sweep
 from megaphase.sweep.trials import Trial
 
 STEPS = 10
@@ -43,6 +44,14 @@ def write(folder: Path, content: dict[str, Any]) -> Path:
     path = folder / "sweep.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
+
+
+def open_sweep(path: Path) -> tuple[Sweep, SweepDirectory]:
+    """Check a sweep file and prepare the sweep's directory, as a start of the sweep does."""
+    found, directory = checked_sweep(path)
+    with directory.locked():
+        directory.prepare(found)
+    return found, directory
 
 
 def warm_start(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> WarmProcess:

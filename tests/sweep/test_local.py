@@ -17,13 +17,22 @@ from typing import Any
 import pytest
 from data_support import LIMIT_SECONDS, wait_until
 from run_support import HIGH, LOW, make_corpora, megaphase, read_rows
-from sweep_run_support import STEPS, invented, run_warm, running, settings, warm_start, write
+from sweep_run_support import (
+    STEPS,
+    invented,
+    open_sweep,
+    run_warm,
+    running,
+    settings,
+    warm_start,
+    write,
+)
 
 from megaphase.config.load import load_run_file
 from megaphase.sweep.directory import SweepDirectory
 from megaphase.sweep.outcome import Outcome
 from megaphase.sweep.pareto.report import SweepReport
-from megaphase.sweep.start import open_sweep, refuse_failures
+from megaphase.sweep.start import refuse_failures
 from megaphase.sweep.trial_run import release_checkpoints
 from megaphase.sweep.trials import known_trials
 from megaphase.utils.errors import EndedAtOnce, RunError, Stopped

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from data_support import wait_until
 from run_support import HIGH, LOW, make_corpora, megaphase
-from sweep_run_support import STEPS, run_warm, running, settings, write
+from sweep_run_support import STEPS, open_sweep, run_warm, running, settings, write
 from typer.testing import CliRunner
 from warm_commands import run_well
 
@@ -23,7 +23,7 @@ from megaphase.plan.held_out_noise import document_error
 from megaphase.sweep.directory import SweepDirectory
 from megaphase.sweep.measurements import EVALUATION, is_measured, measurements
 from megaphase.sweep.outcome import Outcome
-from megaphase.sweep.start import open_sweep, refuse_failures
+from megaphase.sweep.start import refuse_failures
 from megaphase.sweep.sweep import load_sweep
 from megaphase.sweep.trial_run import has_ended
 from megaphase.sweep.trials import all_trials, known_trials

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 from run_support import HIGH, LOW, make_corpora
-from sweep_run_support import STEPS, invented, settings, write
+from sweep_run_support import STEPS, invented, open_sweep, settings, write
 
 from megaphase.config.load import load_run_file
 from megaphase.sweep.directory import SweepDirectory
 from megaphase.sweep.file import SweepConfig
 from megaphase.sweep.outcome import Outcome
-from megaphase.sweep.start import dry_run, open_sweep, refuse_failures
+from megaphase.sweep.start import dry_run, refuse_failures
 from megaphase.sweep.sweep import load_sweep
 from megaphase.sweep.trials import Trial, all_trials, known_trials
 from megaphase.utils.errors import InputError, RunError
