@@ -19,7 +19,14 @@ from megaphase.checkpoint.state import (
 from megaphase.config.run import RunConfig
 from megaphase.model.config import PhaseModelConfig
 from megaphase.optim.parameter_state import stored_by
-from megaphase.plan.origin import RunOrigin, read_segments, recorded_origin, write_origin
+from megaphase.plan.origin import (
+    RunOrigin,
+    StreamRecord,
+    read_records,
+    read_segments,
+    recorded_origin,
+    write_origin,
+)
 from megaphase.plan.position import SampleKind, StreamPosition
 from megaphase.plan.spec import PlanSpec
 from megaphase.utils.errors import InputError
@@ -37,7 +44,7 @@ class Branch:
         used: samples of each task, likewise.
         state: the checkpoint's state; empty if the checkpoint no longer exists.
         is_new: whether the run has not begun yet.
-        segments: see RunOrigin.
+        segments, streams: see RunOrigin.
     """
 
     source: str
@@ -48,6 +55,7 @@ class Branch:
     state: dict[str, Any]
     is_new: bool
     segments: dict[str, StreamPosition] = field(default_factory=dict)
+    streams: dict[str, StreamRecord] = field(default_factory=dict)
 
     def record(self, run_dir: Path) -> None:
         """Record where the run starts, so that later starts of it need no --from."""
@@ -57,7 +65,13 @@ class Branch:
     def origin(self) -> RunOrigin:
         """Return its record for the run directory and every checkpoint of the run."""
         return RunOrigin(
-            self.step, self.used, self.tokens, self.source, self.checkpoint, self.segments
+            self.step,
+            self.used,
+            self.tokens,
+            self.source,
+            self.checkpoint,
+            self.segments,
+            self.streams,
         )
 
     def check(self, config: RunConfig, spec: PlanSpec, model: dict[str, Any]) -> None:
@@ -70,9 +84,10 @@ class Branch:
         Raises:
             InputError: naming the first key that differs.
         """
-        known = self.state.get("streams", {})
         trained = self.state.get("model", model)
-        may_differ = {"seq_len"} if not known and model.get("position") == "rotary" else set()
+        may_differ = (
+            {"seq_len"} if not self.streams and model.get("position") == "rotary" else set()
+        )
         own = config.phases[0].model
         may_differ |= set() if own is None else set(own.given)
         if "seq_len" in may_differ and _positions(model) == _positions(trained):
@@ -85,9 +100,11 @@ class Branch:
                     f"is {_shown(wanted)}, but {self.checkpoint} has {_shown(found)}",
                     _remedy(key, wanted, found),
                 )
-        seq_len = _seq_len(self.state) or spec.seq_len
-        for task, stream in spec.stream_fingerprints_at(seq_len).items():
-            if known.get(task, stream) != stream:
+        known = {task: self.streams[task] for task in spec.streams if task in self.streams}
+        lengths = {record.seq_len or spec.seq_len for record in known.values()}
+        found = {seq_len: spec.stream_fingerprints_at(seq_len) for seq_len in lengths}
+        for task, record in known.items():
+            if record.fingerprint != found[record.seq_len or spec.seq_len][task]:
                 raise InputError(
                     config.where(f"tasks.{task}"),
                     f"its samples are not those that {self.checkpoint} was trained on",
@@ -150,15 +167,17 @@ def recorded_branch(run_dir: Path) -> Branch | None:
     if origin.source is None or origin.checkpoint is None or origin.tokens is None:
         path = run_dir / ORIGIN_FILE
         raise InputError(path, "is damaged", "branch into another output")
+    state = state_or_nothing(origin.checkpoint)
     return Branch(
         origin.source,
         origin.checkpoint,
         origin.step,
         origin.tokens,
         dict(origin.used),
-        state_or_nothing(origin.checkpoint),
+        state,
         is_new=False,
         segments=dict(origin.segments),
+        streams=dict(origin.streams) or _streams(state),
     )
 
 
@@ -210,20 +229,42 @@ def _new_branch(source: str, folder: Path, kind: SampleKind) -> Branch:
     """kind: of the samples that numbers count in the branch."""
     try:
         state = read_state(folder)
-        position, used = state["position"], state["used"]
+        position, before = state["position"], _origin(state)
+        used = {**before.used, **state["used"]}
         facts = source, folder, position["step"], position["tokens"], used
-        segments = read_segments(state.get("segments", {}))
-        seq_len = _seq_len(state)
+        others = {t: p for t, p in before.segments.items() if t not in state["used"]}
+        segments = others | read_segments(state.get("segments", {}))
+        streams, seq_len = _streams(state), _seq_len(state)
         if seq_len is not None:
             at = {task: StreamPosition().after(SampleKind(seq_len), n) for task, n in used.items()}
             segments = {t: p for t, p in (at | segments).items() if not p.is_plain(kind)}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise InputError(
             folder / STATE_FILE,
             "is damaged, or of another version of this program",
             "use another checkpoint",
         ) from None
-    return Branch(*facts, state, is_new=True, segments=segments)
+    return Branch(*facts, state, is_new=True, segments=segments, streams=streams)
+
+
+def _origin(state: Mapping[str, Any]) -> RunOrigin:
+    """Return where the run of a checkpoint started: earlier versions recorded only there what the
+    runs before it had used of tasks that it does not have."""
+    try:
+        origin = state["history"]["origin"]
+        return RunOrigin() if origin is None else RunOrigin.from_json(origin)
+    except (KeyError, TypeError, ValueError, AttributeError):  # without a history
+        return RunOrigin()
+
+
+def _streams(state: Mapping[str, Any]) -> dict[str, StreamRecord]:
+    """Return what determined the samples of the tasks of a checkpoint, and of the runs before."""
+    seq_len, bos = _seq_len(state), state.get("bos")
+    own = {
+        task: StreamRecord(fingerprint, seq_len, bos)
+        for task, fingerprint in state.get("streams", {}).items()
+    }
+    return read_records(state.get("earlier_streams", {})) | own
 
 
 def _seq_len(state: Mapping[str, Any]) -> int | None:

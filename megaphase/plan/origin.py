@@ -5,13 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from megaphase.checkpoint.names import newest_state
 from megaphase.plan.position import StreamPosition
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import atomic_write_json, os_errors_named, read_hashed_json, with_hash
 from megaphase.utils.run_files import ORIGIN_FILE
+
+
+class StreamRecord(NamedTuple):
+    """What determined the samples of a task in an earlier run.
+
+    Attributes:
+        fingerprint: see PlanSpec.stream_fingerprints_at.
+        seq_len: the length of the samples of this fingerprint; None if it is not known.
+        bos: see PlanSpec.
+    """
+
+    fingerprint: str
+    seq_len: int | None
+    bos: int | None
 
 
 @dataclass(frozen=True)
@@ -26,6 +40,7 @@ class RunOrigin:
         tokens: training tokens of these steps.
         source: the checkpoint as the user named it.
         checkpoint: its folder.
+        streams: of the tasks of the earlier runs, also of those that this run does not have.
     """
 
     step: int = 0
@@ -34,6 +49,7 @@ class RunOrigin:
     source: str | None = None
     checkpoint: Path | None = None
     segments: Mapping[str, StreamPosition] = field(default_factory=dict)
+    streams: Mapping[str, StreamRecord] = field(default_factory=dict)
 
     @property
     def positions(self) -> Mapping[str, int | StreamPosition]:
@@ -50,6 +66,7 @@ class RunOrigin:
             "tokens": self.tokens,
             "used": dict(self.used),
             **({"segments": segments} if segments else {}),
+            **({"streams": records_as_json(self.streams)} if self.streams else {}),
         }
 
     @classmethod
@@ -63,7 +80,22 @@ class RunOrigin:
             raise TypeError("a count is no integer")
         folder = None if checkpoint is None else Path(checkpoint)
         segments = read_segments(value.get("segments", {}))
-        return cls(step, dict(used), value.get("tokens"), value.get("source"), folder, segments)
+        streams = read_records(value.get("streams", {}))
+        source, tokens = value.get("source"), value.get("tokens")
+        return cls(step, dict(used), tokens, source, folder, segments, streams)
+
+
+def records_as_json(records: Mapping[str, StreamRecord]) -> dict[str, dict[str, Any]]:
+    """Return the records of streams for `origin.json` or a checkpoint's state."""
+    return {task: record._asdict() for task, record in records.items()}
+
+
+def read_records(value: Mapping[str, Any]) -> dict[str, StreamRecord]:
+    """Return the records from the result of `records_as_json`.
+
+    Raises TypeError or AttributeError if they are none.
+    """
+    return {task: StreamRecord(**record) for task, record in value.items()}
 
 
 def read_segments(value: Mapping[str, Any]) -> dict[str, StreamPosition]:

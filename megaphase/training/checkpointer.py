@@ -21,6 +21,7 @@ from megaphase.checkpoint.state import (
 from megaphase.config.run import RunConfig
 from megaphase.model.shape import GPTShape
 from megaphase.optim.parameter_state import stored_by
+from megaphase.plan.origin import RunOrigin, records_as_json
 from megaphase.plan.plan import Plan
 from megaphase.plan.position import StreamPosition
 from megaphase.plan.run_history import RunHistory
@@ -117,19 +118,27 @@ class Checkpointer:
             "position": at.to_json(self._plan),
             "step": at.step,
             "phase_name": phase,
-            **used_by(self._plan, at.used(self._plan)),
+            **used_by(self._plan, at.used(self._plan), self._history.origin or RunOrigin()),
             "history": self._history.to_json(),
             **self._callbacks.on_save(),
         }
 
 
-def used_by(plan: Plan, positions: Sequence[StreamPosition]) -> dict[str, Any]:
+def used_by(plan: Plan, positions: Sequence[StreamPosition], origin: RunOrigin) -> dict[str, Any]:
     """The samples of each task that were used up to these positions of the streams, and the
-    segments of the positions for which a number is not enough, as a branch needs them."""
+    segments of the positions for which a number is not enough, as a branch needs them; of a task
+    that the run does not have, those of the runs before it, and what its samples were."""
     at, kind = dict(zip(plan.tasks, positions, strict=True)), plan.spec.kind
-    used = {task: position.samples for task, position in at.items()}
-    segments = {task: each.to_json() for task, each in at.items() if not each.is_plain(kind)}
-    return {"used": used, **({"segments": segments} if segments else {})}
+    used = {**origin.used, **{task: position.samples for task, position in at.items()}}
+    others = {task: each for task, each in origin.segments.items() if task not in at}
+    own = {task: each for task, each in at.items() if not each.is_plain(kind)}
+    segments = {task: each.to_json() for task, each in {**others, **own}.items()}
+    streams = {task: each for task, each in origin.streams.items() if task not in at}
+    return {
+        "used": used,
+        **({"segments": segments} if segments else {}),
+        **({"earlier_streams": records_as_json(streams)} if streams else {}),
+    }
 
 
 def checkpoint_facts(
