@@ -28,6 +28,7 @@ from megaphase.plan.origin import (
     write_origin,
 )
 from megaphase.plan.position import SampleKind, StreamPosition
+from megaphase.plan.same_run import bos_in_words
 from megaphase.plan.spec import PlanSpec
 from megaphase.utils.errors import InputError
 from megaphase.utils.run_files import ORIGIN_FILE, RUN_FILE
@@ -75,7 +76,8 @@ class Branch:
         )
 
     def check(self, config: RunConfig, spec: PlanSpec, model: dict[str, Any]) -> None:
-        """Refuse a model or streams that are not those of the run that this one continues.
+        """Refuse a model, streams or packing of documents that are not those of the run that this
+        one continues.
 
         Sequence length and rotary positions may be others where the first phase gives them itself;
         with imported weights, on which megaphase has trained no samples, also another `seq_len` if
@@ -110,6 +112,21 @@ class Branch:
                     f"its samples are not those that {self.checkpoint} was trained on",
                     "give the same corpus, held-out and test fractions, subsample and seed",
                 )
+            self._check_packing(config, task, spec.bos)
+
+    def _check_packing(self, config: RunConfig, task: str, bos: int | None) -> None:
+        """Refuse to continue whole documents that were packed without BOS if they begin with one
+        now, or the other way round: then the samples used hold other documents."""
+        used = self.segments.get(task, StreamPosition())
+        packed = any(kind.cut == "documents" for kind, _ in used.segments)
+        began = self.streams[task].bos
+        if packed and (bos is None) != (began is None):
+            raise InputError(
+                config.where("bos"),
+                f"documents begin with {bos_in_words(bos)}, but {self.checkpoint} has used samples "
+                f"of {task} into which they were packed with {bos_in_words(began)}",
+                f"write bos: {'false' if began is None else 'true'}",
+            )
 
 
 def _remedy(key: str, wanted: Any, found: Any) -> str:

@@ -90,8 +90,8 @@ def refuse_other_plan(run_dir: Path, config: RunConfig, fingerprint: str, bos: i
             # An earlier version had no BOS, whatever the tokenizer's files say.
             raise InputError(
                 config.where("bos"),
-                f"documents begin with {_token(bos)}, but in the run in {run_dir} with "
-                f"{_token(began)}",
+                f"documents begin with {bos_in_words(bos)}, but in the run in {run_dir} with "
+                f"{bos_in_words(began)}",
                 f"write bos: {'false' if began is None else 'true'}",
             )
         raise InputError(
@@ -101,7 +101,8 @@ def refuse_other_plan(run_dir: Path, config: RunConfig, fingerprint: str, bos: i
         )
 
 
-def _token(bos: int | None) -> str:
+def bos_in_words(bos: int | None) -> str:
+    """Return the token with which documents begin in words."""
     return "no BOS" if bos is None else f"BOS {bos}"
 
 

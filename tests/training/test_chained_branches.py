@@ -176,3 +176,33 @@ def test_checkpoints_of_earlier_versions_are_read(tmp_path: Path, hindi: Documen
     del state["history"]
     (checkpoint / "state.json").write_text(json.dumps(state))
     assert begin_branch(last, str(checkpoint)).used == {"en": 28}
+
+
+PACKED = {"cut": "documents"}
+
+
+@pytest.mark.parametrize(("bos", "remedy"), [(None, "false"), (BOS, "true")])
+def test_packed_documents_go_on_only_with_the_bos_that_they_were_packed_with(
+    tmp_path: Path, hindi: Documents, bos: int | None, remedy: str
+) -> None:
+    other = BOS if bos is None else None
+    phases = ("p1", 3, EN, {}), ("p2", 3, HI, PACKED)
+    source = Trained(run_file(tmp_path, "a", ["en", "hi"], *phases), bos=bos).save()
+    wanted = rf"run\.yaml: bos: documents begin with .* of hi .*; write bos: {remedy}$"
+    for cut in ({}, PACKED):
+        with pytest.raises(InputError, match=wanted):
+            branched(run_file(tmp_path, "x", ["hi", "en"], ("px", 2, HI, cut)), source, other)
+    # The first task has used no packed documents, so a run of it alone may have another BOS; the
+    # second one still needs its own.
+    middle = run_file(tmp_path, "b", ["en"], ("pb", 2, EN, PACKED), bos=other is not None)
+    checkpoint = branched(middle, source, other).save()
+    last = run_file(tmp_path, "c", ["hi"], ("pc", 2, HI, {}))
+    with pytest.raises(InputError, match=wanted):
+        branched(last, checkpoint, other)
+    assert branched(last, checkpoint, bos).plan.spec.used == {"hi": 12}
+
+
+def test_bos_may_change_where_no_documents_were_packed(tmp_path: Path, hindi: Documents) -> None:
+    last = run_file(tmp_path, "b", ["en", "hi"], ("pb", 6, HALF, {}))
+    run = branched(last, first_run(tmp_path), BOS)
+    assert run.plan.spec.used == {"en": 12, "hi": 12}
