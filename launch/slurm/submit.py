@@ -51,7 +51,7 @@ def check(
     if resources.gpus and not needed["layouts"][0]["fits"]:
         raise InputError(config.where("parallel"), sentences[-1], "or set --memory")
     refuse_second_job(config.output)
-    plan = preview_plan(config, tokenizer, branch)
+    plan = preview_plan(config, tokenizer, branch, processes=resources.processes)
     # Slurm does not create it, and without it a job fails without an error message.
     make_directory(logs_folder(config.output))
     for sentence in [*plan_warnings(plan.summary()), *held_out_warnings(config, plan.spec)]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megaphase.checkpoint.names import newest_state
+from megaphase.config.phases import PhaseConfig
 from megaphase.config.run import RunConfig
+from megaphase.plan.batch_config import PhaseBatch
 from megaphase.plan.batch_schedule import BatchSchedule, BatchStage
 from megaphase.plan.spec import PhaseSpec, PlanSpec
 from megaphase.utils.errors import InputError
@@ -37,8 +39,9 @@ def check_remaining_batches(
 
 
 def check_batches_beforehand(config: RunConfig, processes: int) -> None:
-    """Likewise, as far as the run file tells without the corpora: the full batches of all phases,
-    and the stages of a ramp at the start of a run that has no checkpoint.
+    """Likewise, as far as the run file tells without the corpora: the stages of all phases whose
+    steps follow from it, and the full batches of the others; of a run that has a checkpoint, the
+    full batches alone.
 
     Raises:
         InputError: so many processes cannot share one of them evenly.
@@ -46,19 +49,28 @@ def check_batches_beforehand(config: RunConfig, processes: int) -> None:
     data = config.data_ranks(processes)
     state = newest_state(config.output)
     begun = {} if state is None else state.get("position", {})
+    before: int | None = 0  # tokens planned before the phase, if they are known
     for number in range(begun.get("phase", 0), len(config.phases)):
         settings = config.phase_batch(number)
-        batch = settings.schedule(0)
+        batch = settings.schedule(before or 0)
+        is_known = before is not None or settings.ramp is None or not settings.ramp.since_run
+        steps = _steps(config.phases[number], settings, batch) if is_known else None
         known = batch.stages[-1:]
-        if not begun and settings.ramp is not None and (number == 0 or not settings.ramp.since_run):
-            phase = config.phases[number]
-            steps = phase.steps
-            if phase.tokens is not None:
-                steps = batch.steps_for(-(-phase.tokens // settings.seq_len))
-            if steps is not None:
-                known = tuple(stage for stage, _ in batch.within(steps))
+        if steps is not None and not begun:
+            known = tuple(stage for stage, _ in batch.within(steps))
         for stage in known:
             _check(config, number, stage, batch, data)
+        if steps is None or before is None:
+            before = None
+        else:
+            before += batch.samples_before(steps) * settings.seq_len
+
+
+def _steps(phase: PhaseConfig, settings: PhaseBatch, batch: BatchSchedule) -> int | None:
+    """Return the steps of a phase, if they follow from the run file alone."""
+    if phase.tokens is not None:
+        return batch.steps_for(-(-phase.tokens // settings.seq_len))
+    return phase.steps
 
 
 def _check(

@@ -83,6 +83,7 @@ def show_command(
         memory_summary,
     )
     from megaphase.estimate.step_time_table import layouts_table, speed_sentences, speed_summary
+    from megaphase.plan.batch_layout import check_remaining_batches
     from megaphase.plan.branch import choose_branch, recorded_branch
     from megaphase.plan.held_out_noise import held_out_warnings
     from megaphase.plan.load_plan import preview_plan, setups_for_vocabulary, stage_setups
@@ -125,9 +126,10 @@ def show_command(
     branch, plan, noise = None, None, []
     if tokenizer is None:
         summary, specs = thought_experiment(config)
+        check_remaining_batches(config, specs, processes, 0, 0)
     else:
         branch = recorded_branch(config.output) if source is None else choose_branch(config, source)
-        plan = preview_plan(config, tokenizer, branch, whole=verify)
+        plan = preview_plan(config, tokenizer, branch, whole=verify, processes=processes)
         summary, specs = plan.summary(), plan.spec.phases
         noise = held_out_warnings(config, plan.spec)
         plan.store_counts()

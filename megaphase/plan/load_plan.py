@@ -15,7 +15,7 @@ from megaphase.config.run import RunConfig
 from megaphase.corpus.integrity import check_files, compared_bytes
 from megaphase.estimate.setup import PhaseSetup, Setup, setup_of
 from megaphase.model.presets import phase_shapes
-from megaphase.plan.batch_layout import check_batches_beforehand
+from megaphase.plan.batch_layout import check_batches, check_batches_beforehand
 from megaphase.plan.branch import Branch
 from megaphase.plan.build import ensure_built
 from megaphase.plan.built_folder import SMALL_BYTES, Say
@@ -71,7 +71,12 @@ def stage_setups(
 
 
 def preview_plan(
-    config: RunConfig, tokenizer: Tokenizer, branch: Branch | None = None, *, whole: bool = False
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    branch: Branch | None = None,
+    *,
+    whole: bool = False,
+    processes: int | None = None,
 ) -> Plan:
     """Open the run's plan; if it is not built yet, build it and show the progress.
 
@@ -81,10 +86,11 @@ def preview_plan(
     branch: where the run starts, if it is from another run's checkpoint; by default as recorded in
         its directory.
     whole: whether to verify every byte of a plan that is built.
+    processes: which must be able to share the batches that are left to train; None: any number.
 
     Raises:
-        InputError: the corpora are missing or damaged, the plan cannot be written, or the branch's
-            checkpoint has another model or other streams.
+        InputError: the corpora are missing or damaged, the plan cannot be written, the processes
+            cannot share a batch, or the branch's checkpoint has another model or other streams.
     """
     origin = read_origin(config.output) if branch is None else branch.origin
     corpora = open_corpora(config)
@@ -92,6 +98,8 @@ def preview_plan(
     if whole or compared_bytes(corpora.values()) <= SMALL_BYTES:
         known.verify_once()
     spec = plan_spec(config, tokenizer, origin.positions, corpora=corpora, known=known)
+    if processes is not None:
+        check_batches(config, spec, processes)
     if branch is not None and branch.state:
         check_format(branch.checkpoint, branch.state)
         [shape, *_] = phase_shapes(config, tokenizer.vocab_size)

@@ -104,3 +104,13 @@ def test_training_refuses_it(planned, tmp_path):
         f"{tmp_path / 'run.yaml'}: tasks.en.tokens: is for `megaphase plan` alone; nothing else "
         "works without text; tokenize the text, and name its corpus instead"
     )
+
+
+def test_a_ramp_that_the_processes_cannot_share_is_refused(planned):
+    ramp = {"from": 2, "step": 2, "tokens": 10_000}
+    # 90 samples of en are 23 steps of 4; their 9,200 tokens are 2.76 of the ramp's three parts.
+    first = RUN["phases"][0] | {"tokens": None, "epochs": {"en": 0.01}, "batch": {"samples": 4}}
+    result = planned(
+        batch={"samples": 8, "micro": 4, "ramp": ramp}, phases=[first, RUN["phases"][1]]
+    )
+    assert "batch.ramp: 6 samples, the batch of joint from its step 1 on" in str(result.exception)

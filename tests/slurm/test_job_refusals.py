@@ -59,6 +59,15 @@ def wrong_batch(found: dict[str, Any]) -> None:
     found["batch"] = {"samples": 9, "micro": 3}
 
 
+def wrong_ramp(found: dict[str, Any]) -> None:
+    """Which begins in the second phase; when, is known only with the corpora."""
+    ramp = {"from": 2, "step": 2, "tokens": 100_000}
+    found["batch"] = {"samples": 8, "micro": 2, "ramp": ramp}
+    first = found["phases"][0]
+    del first["steps"]
+    first |= {"epochs": {"alda": 0.05}, "batch": {"samples": 8}}
+
+
 def wrong_heads(found: dict[str, Any]) -> None:
     found["parallel"]["tensor"] = 4
 
@@ -78,6 +87,7 @@ def wrong_output(found: dict[str, Any]) -> None:
         (wrong_corpus, "data/alda-x.json: no such file; make the corpus with `megaphase data "),
         (wrong_tokenizer, "tok-x: no such file or directory; give another, or make one"),
         (wrong_batch, "run.yaml: batch.samples: 9 is not a multiple of 2 data-parallel ranks × "),
+        (wrong_ramp, "batch.ramp: 2 samples, the batch of joint from its step 1 on, is not a mult"),
         (wrong_heads, "run.yaml: model.kv_heads: parallel.tensor 4 does not divide kv_heads 2; "),
         (wrong_name, "a run/50%j/slurm as a pattern; choose a path without it"),
         (wrong_output, "a run/run.yaml is not a folder; choose another"),
