@@ -247,7 +247,8 @@ def rate_pieces(
             taking_part = np.flatnonzero(rates.any(axis=0)).tolist()
             names = list(supply)
             _check_demand(mixture, {names[i]: left[names[i]] for i in taking_part}, samples, where)
-            room = np.minimum(np.array([min(each, samples) for each in left.values()]), samples)
+            # More than the phase has is never reached, nor may it be so by rounding.
+            room = np.array([n if n <= samples else 2 * samples for n in left.values()])
             limits = capped(rates, np.diff(bounds)[:, np.newaxis], room)
             ends = rates[[0, -1]] if limits else requested
         weights, unit = integer_pieces(rates, bounds, room, limits)

@@ -223,13 +223,14 @@ def capped(rates: np.ndarray, sizes: np.ndarray, room: np.ndarray) -> list[int]:
     """
     limits: list[int] = []
     is_free = np.ones(rates.shape[1], bool)
+    takes_part = rates.any(axis=0)
     while True:
         totals = (rates * sizes).sum(axis=0)
         # Rounding must not let a task exceed its room.
         over = is_free & (totals > room * (1 - 1e-12))
         if not over.any():
             return limits
-        if not (is_free & ~over).any():
+        if not (is_free & ~over & takes_part).any():
             over[np.argmax(np.where(over, room, -1))] = False
             if not over.any():
                 return limits
@@ -249,8 +250,8 @@ def integer_pieces(
 ) -> tuple[np.ndarray, int]:
     """Return the rates as the weights, uint64 [tasks, pieces], and the unit of `RatePieces`.
 
-    A task in `limits` gets exactly its room. Every piece's largest task that is not there takes
-    what rounding leaves.
+    A task in `limits` gets exactly its room. Every piece's largest task that is not there, and has
+    a rate, takes what rounding leaves.
 
     rates: float64 [pieces, tasks]
     """
@@ -265,6 +266,7 @@ def integer_pieces(
         weights[:, task] = np.diff(ends, prepend=0)
     free = weights.copy()
     free[:, limits] = -1
+    free[:, ~rates.any(axis=0)] = -1
     largest = free.argmax(axis=1)
     each = np.arange(len(weights))
     weights[each, largest] += totals - weights.sum(axis=1)

@@ -301,6 +301,40 @@ def test_a_demand_that_cannot_be_met_names_its_figures():
     )
 
 
+def supply_of(*samples: int) -> dict[str, TaskSupply]:
+    return {f"t{i}": TaskSupply(10 * each, each, 0) for i, each in enumerate(samples)}
+
+
+@pytest.mark.parametrize("max_epochs", [2, 8, 1e6])
+def test_the_only_task_of_several_that_takes_part_has_the_rate_1(max_epochs):
+    asked = mixture(temperature=COOLDOWN["temperature"], over=["t1"], max_epochs=max_epochs)
+    found = rate_pieces(asked, supply_of(900, 50, 70), 100, "")
+    assert rates_in(found).tolist() == [[0.0] * 100, [1.0] * 100, [0.0] * 100]
+    with pytest.raises(InputError, match=r"wants 100 samples, but max_epochs 1 leaves only 50 \("):
+        rate_pieces(
+            mixture(temperature=COOLDOWN["temperature"], over=["t1"], max_epochs=1),
+            supply_of(900, 50, 70),
+            100,
+            "",
+        )
+
+
+def test_a_phase_of_all_caps_together_leaves_nothing_to_a_task_that_takes_no_part():
+    for over, counts in ((["t1", "t2"], [0, 600, 140]), (["t0", "t2"], [1800, 0, 140])):
+        asked = mixture(temperature=COOLDOWN["temperature"], over=over, max_epochs=2)
+        found = rate_pieces(asked, supply_of(900, 300, 70), sum(counts), "")
+        assert [Fraction(each, found.unit) for each in found.totals()] == counts
+        assert np.bincount(blended(found), minlength=3).tolist() == counts
+
+
+def test_a_task_with_room_enough_is_not_capped_where_the_others_have_almost_no_rate():
+    """The rate of the smaller task is 0 as a number at the start, and above 0 at the end."""
+    asked = mixture(temperature={"from": 0.01, "to": 0.05}, max_epochs=100)
+    supply = {"t0": TaskSupply(10**9, 100, 0), "t1": TaskSupply(10, 10**6, 0)}
+    found = rate_pieces(asked, supply, 1000, "")
+    assert found.totals() == [1000 * found.unit, 0]
+
+
 def test_a_part_of_a_phase_that_only_capped_tasks_can_fill():
     """At temperature 0.01 the rates of all but the largest task are too small for a number."""
     asked = mixture(temperature={"from": 0.01, "to": 5}, max_epochs=1)
