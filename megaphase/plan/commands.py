@@ -136,7 +136,7 @@ def show_command(
     phases, largest = stage_setups(setups, specs), setups[largest_phase(setups)].setup
     times = speed_summary(largest, hardware, phases) if hardware else None
     if plot is not None and plan is not None:
-        save_run_plot(plot, config, plan)
+        save_run_plot(plot, config, plan, 0 if branch is None else branch.step)
     summary |= {"memory": needed, "speed": times}
     if branch is not None:
         summary["origin"] = origin_summary(branch.origin, summary)

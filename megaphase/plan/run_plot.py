@@ -19,7 +19,6 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from megaphase.config.run import RunConfig
 from megaphase.optim.schedules import batch_scale, learning_rate
-from megaphase.plan.origin import read_origin
 from megaphase.plan.plan import Plan
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import temporary_path
@@ -209,9 +208,8 @@ def run_figure(curves: RunCurves) -> Figure:
     return figure
 
 
-def save_run_plot(path: Path, config: RunConfig, plan: Plan) -> None:
-    """Draw a run to a file, see `run_figure` and `save_plot`."""
-    first_step = read_origin(config.output).step
+def save_run_plot(path: Path, config: RunConfig, plan: Plan, first_step: int) -> None:
+    """Draw a run to a file, see `run_curves`, `run_figure` and `save_plot`."""
     save_plot(run_figure(run_curves(config, plan, first_step)), path)
 
 

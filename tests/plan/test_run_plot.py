@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from plan_support import FakeTokenizer, build_plan, phase, random_lengths, write_corpus, write_run
 from typer.testing import CliRunner
 
+from megaphase.checkpoint.state import CHECKPOINT_FORMAT
+from megaphase.plan import run_plot
 from megaphase.plan.commands import plan_app
+from megaphase.plan.origin import RunOrigin, write_origin
 from megaphase.plan.run_plot import BATCH, PANELS, RunCurves, run_curves, run_figure
 from megaphase.utils.errors import InputError
 
@@ -97,6 +102,23 @@ def test_the_command_writes_a_picture(config, command, tmp_path, suffix, begin):
         text = path.read_text()
         for word in ["pretrain", "joint", "long", "hi", *(panel.title for panel in PANELS)]:
             assert word in text
+
+
+def test_the_steps_of_a_branch_count_those_before_it(config, command, tmp_path, monkeypatch):
+    """Both before it has begun, when there is no origin.json, and afterwards."""
+    at = {"step": 700, "tokens": 700 * 32}
+    state = {"format": CHECKPOINT_FORMAT, "position": at, "used": {"en": 2800}, "phase_name": "a"}
+    checkpoint = tmp_path / "base" / "checkpoints" / "step-00000700"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    drawn: list[RunCurves] = []
+    monkeypatch.setattr(run_plot, "run_figure", lambda curves: drawn.append(curves))
+    monkeypatch.setattr(run_plot, "save_plot", lambda figure, path: None)
+    result = command(config.path, "--from", checkpoint, "--plot", tmp_path / "p.svg")
+    assert result.exit_code == 0, result.exception
+    write_origin(config.output, RunOrigin(700, {"en": 2800}, 22_400, "base@a", checkpoint))
+    assert command(config.path, "--plot", tmp_path / "p.svg").exit_code == 0
+    assert [curves.steps[[0, -1]].tolist() for curves in drawn] == 2 * [[700, 800]]
 
 
 @pytest.mark.parametrize(
