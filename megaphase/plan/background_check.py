@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -23,15 +24,23 @@ class BackgroundCheck:
     """
 
     def __init__(self, files: Sequence[VerifiedFile]) -> None:
-        self._files = [file for file in files if not file.is_valid]
+        self._first, self._known = files, list[VerifiedFile]()
         self._found: InputError | None = None
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._check, name="plan-check", daemon=True)
+        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
-        if self._files:
-            self._thread.start()
+        self.add(self._first)
         return self
+
+    def add(self, files: Sequence[VerifiedFile]) -> None:
+        """Also verify those of these files that it does not know yet, after the others."""
+        new = [file for file in files if not file.is_valid and file not in self._known]
+        if new:
+            self._known += new
+            check = partial(self._check, new, self._thread)
+            self._thread = threading.Thread(target=check, name="plan-check", daemon=True)
+            self._thread.start()
 
     def __exit__(
         self,
@@ -40,7 +49,7 @@ class BackgroundCheck:
         traceback: TracebackType | None,
     ) -> None:
         self._stop.set()
-        if self._files:
+        if self._thread is not None:
             self._thread.join()
 
     def raise_fault(self) -> None:
@@ -48,11 +57,13 @@ class BackgroundCheck:
         if self._found is not None:
             raise self._found
 
-    def _check(self) -> None:
+    def _check(self, files: Sequence[VerifiedFile], before: threading.Thread | None) -> None:
+        if before is not None:
+            before.join()
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
         try:
-            for file in self._files:
+            for file in files:
                 file.check_rest(self._stop.wait)
         except InputError as fault:
             self._found = fault

@@ -50,7 +50,8 @@ def ensure_built(
 ) -> Path:
     """Build the index unless a valid one exists; a damaged one is reported and built again.
 
-    Of a large one only header and sizes are verified here, unless `whole` is true.
+    Of a large one only header and sizes are verified here, unless `whole` is true; the same holds
+    for tables of packed documents that are opened from now on.
 
     If several processes start at once, on any nodes, one builds and the others wait. Returns the
     index's folder. `say` is called with sentences for the user.
@@ -67,7 +68,7 @@ def ensure_built(
             build_index(spec, folder, progress, discard=discard)
 
     folder = plan_folder(run_dir, spec)
-    spec.store_tables(folder.parent, say, progress)
+    spec.store_tables(folder.parent, say, progress, whole=whole)
     ensure_folder(folder, partial(damage, spec=spec, whole=whole), build, _OF_AN_INDEX, say)
     return folder
 

@@ -58,6 +58,7 @@ class DocumentTables:
         say: called with sentences for the user.
         progress: called while a table is built.
         files: those of the stored tables that have been opened.
+        whole: whether to verify every byte of a large table when it is opened.
         headers: the content of `index.json` of tables that are known to be usable, by fingerprint.
     """
 
@@ -65,6 +66,7 @@ class DocumentTables:
         self.folder: Path | None = None
         self.say: Say = lambda _: None
         self.progress: ReportProgress = lambda *_: None
+        self.whole = False
         self.files: list[VerifiedFile] = []
         self.headers: dict[str, dict[str, Any]] = {}
         self._tables: dict[str, DocumentTable] = {}
@@ -105,7 +107,8 @@ class DocumentTables:
         header = self.headers.get(source.fingerprint)
         if header is None:
             build = partial(_build, source, self.progress)
-            ensure_folder(folder, partial(_damage, source), build, _OF_A_TABLE, self.say)
+            damage = partial(_damage, source, whole=self.whole)
+            ensure_folder(folder, damage, build, _OF_A_TABLE, self.say)
             header = read_header(folder)
             self.headers[source.fingerprint] = header
         files = open_files(folder, header)
@@ -115,8 +118,9 @@ class DocumentTables:
         return DocumentTable(source.fingerprint, parts, first_parts, positions, header["filled"])
 
 
-def _damage(source: PackedSource, folder: Path) -> str | None:
-    return stored_damage(folder, FORMAT_VERSION, source.fingerprint, "table", threads=2)
+def _damage(source: PackedSource, folder: Path, *, whole: bool) -> str | None:
+    fingerprint = source.fingerprint
+    return stored_damage(folder, FORMAT_VERSION, fingerprint, "table", threads=2, whole=whole)
 
 
 def _write(

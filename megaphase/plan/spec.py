@@ -125,11 +125,13 @@ class PlanSpec:
         folder: Path | None,
         say: Say = lambda _: None,
         progress: ReportProgress = lambda *_: None,
+        *,
+        whole: bool = False,
     ) -> None:
-        """Say where tables of packed documents are stored, and what to call while they are built;
-        see DocumentTables."""
+        """Say where tables of packed documents are stored, what to call while they are built, and
+        whether to verify them whole; see DocumentTables."""
         for stream in self.streams.values():
-            stream.tables.folder = folder
+            stream.tables.folder, stream.tables.whole = folder, whole
             stream.tables.say, stream.tables.progress = say, progress
 
     def supply(self, phase: int, positions: Sequence[StreamPosition]) -> dict[str, TaskSupply]:

@@ -97,8 +97,8 @@ class RunParts:
             self.store.open(branch.checkpoint)  # verified before anything is written
         self.uploader = claimed_uploader(config, spec, self.say)
         self.plan = open_plan(config, spec, branch, self.say, console)
-        unread = self.plan.files if self.grid.is_first else []
-        self.plan_check = resources.enter_context(BackgroundCheck(unread))
+        self.plan_check = resources.enter_context(BackgroundCheck([]))
+        self.check_opened_files()
         on_first_rank(lambda: resources.enter_context(self.directory.sole_run()))
         if self.uploader is not None:
             self.uploader.start()
@@ -116,6 +116,12 @@ class RunParts:
         self.divergence = DivergenceMonitor(config, self.shapes[0].vocab, until)
         if self.checkpoint is not None:
             refuse_diverged(self.divergence, self.checkpoint)
+
+    def check_opened_files(self) -> None:
+        """Have rank 0 verify in the background what the plan has opened by now; after a phase that
+        ended early, the next one opens tables of packed documents that were not planned."""
+        if self.grid.is_first:
+            self.plan_check.add(self.plan.files)
 
     def _check_batches(self) -> None:
         """Check the batches that are left, where the newest whole checkpoint is not the newest."""

@@ -132,6 +132,7 @@ class Trainer(RunParts):
             pad_token_id=self.tokenizer.eod,
             starts=self.state.starts,
         )
+        self.check_opened_files()
         for batch in reader.steps(self.state.phase_step, self.phase_steps):
             self.plan_check.raise_fault()
             self.train_step(batch, reader.wait_seconds)

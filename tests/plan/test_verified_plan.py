@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 from plan_support import build_plan, phase, spec_of, write_run, write_three_tasks
+from rich.console import Console
 
 from megaphase.config.run import RunConfig
 from megaphase.plan import built_folder, hashed_chunks
 from megaphase.plan.background_check import BackgroundCheck
 from megaphase.plan.build import ensure_built
 from megaphase.plan.dataset import read_step
+from megaphase.plan.load_plan import build_plan as open_built_plan
 from megaphase.plan.plan import Plan
 from megaphase.plan.verified_file import VerifiedArray, VerifiedFile
 from megaphase.utils.errors import InputError
@@ -138,6 +141,44 @@ def test_everything_is_verified_at_once_if_asked(config):
     if path.parent == plan.folder:
         ensure_built(spec_of(config), config.output, say=said.append, whole=True)
         assert said == [f"{plan.folder}: {path.name} has been altered; building the plan again"]
+
+
+def test_index_and_tables_are_verified_at_once_if_asked(config):
+    def opened(whole: bool) -> tuple[Plan, list[str]]:
+        said: list[str] = []
+        spec, console = spec_of(config), Console(file=io.StringIO())
+        return open_built_plan(spec, config.output, console, said.append, whole=whole), said
+
+    paths = stored_files(opened(False)[0])
+    is_packed = config.phases[0].cut == "documents"
+    assert {"parts", "first_parts", "positions"} <= {path.name for path in paths} or not is_packed
+    for path in paths:
+        before = path.read_bytes()
+        flip(path, len(before) // 2)
+        _, said = opened(True)
+        assert said == [f"{path.parent}: {path.name} has been altered; building the plan again"]
+        assert path.read_bytes() == before
+    assert opened(True)[1] == []
+
+
+def test_tables_that_are_built_after_an_early_end_are_verified_in_the_background(tmp_path):
+    _, written = write_three_tasks(tmp_path)
+    phases = [
+        phase("first", STEPS, {"proportional": True}),
+        phase("second", STEPS, {"temperature": 3.0}) | {"cut": "documents"},
+    ]
+    plan = build_plan(write_run(tmp_path, list(written), phases=phases))
+    plan.open_phase(1)
+    with BackgroundCheck(plan.files) as check:
+        planned = {file.path for file in plan.files}
+        plan.open_phase(1, plan.positions([7]))  # the first phase has ended early
+        [path, *_] = [each for each in stored_files(plan) if each not in planned]
+        flip(path, path.stat().st_size - 1)
+        check.add(plan.files)
+        check._thread.join()
+        with pytest.raises(InputError, match=rf"{path}: was altered: the bytes"):
+            check.raise_fault()
+        assert all(file.is_valid for file in plan.files if file.path in planned)
 
 
 def test_plans_with_larger_pieces_are_verified_whole(config, monkeypatch):

@@ -1,6 +1,8 @@
 """A phase whose samples begin where documents begin, between phases with others, in training."""
 
 import json
+from functools import partial
+from pathlib import Path
 
 import pytest
 from distributed import check, launch
@@ -74,6 +76,37 @@ def test_trace_shows_documents_from_their_start(single):
     assert sum(len(sample["documents"]) > 1 for sample in samples) > 0
     padding = json.loads(run_well("plan", single / "run.yaml", "--json"))["phases"][1]["tasks"]
     assert all(0 <= padding[task]["padding"] < 0.1 for task in ("alda", "boreth"))
+
+
+def note_files_to_verify(path: Path) -> None:
+    """In a run's process: write down the files that are verified in the background, as if all were
+    large."""
+    from megaphase.plan import built_folder
+    from megaphase.plan.background_check import BackgroundCheck
+
+    built_folder.SMALL_BYTES = 0
+    add = BackgroundCheck.add
+
+    def noted(check, files):
+        path.write_text("\n".join(str(file.path.parent) for file in files))
+        add(check, files)
+
+    BackgroundCheck.add = noted
+
+
+def test_tables_after_an_early_end_are_verified_in_the_background(corpora, tmp_path):
+    settings = settings_of(corpora)
+    settings["phases"][0]["stop"] = {"loss": {"alda": 100}}
+    settings["phases"][1]["steps"] = 2
+    settings["phases"].pop()
+    run_file, found = write_run_file(tmp_path, settings), tmp_path / "found"
+    run_well("plan", run_file)
+    plans = tmp_path / "run" / "plan"
+    planned = set(plans.glob("documents-*"))
+    run_well("train", run_file, prepare=partial(note_files_to_verify, found))
+    built = set(plans.glob("documents-*"))
+    assert built > planned
+    assert {str(folder) for folder in built} < set(found.read_text().splitlines())
 
 
 @pytest.mark.slow
