@@ -44,7 +44,7 @@ class HeldOutEvaluator:
         self._token_bytes = torch.from_numpy(tokenizer.token_bytes())  # int64 [vocab]
         self._exact_bytes = tokenizer.exact_bytes
         self._of_length: dict[int, dict[str, Stream]] = {}
-        self._weights: dict[tuple[str, int], torch.Tensor] = {}
+        self._weights: dict[tuple[str, int, int], torch.Tensor] = {}
 
     def evaluate(self, phase: int, next_task: Callable[[], object] = lambda: None) -> Losses:
         """Losses of the current weights by task; called by all ranks, same result on each.
@@ -106,7 +106,8 @@ class HeldOutEvaluator:
 
     def _text_bytes_of_rows(self, stream: Stream, batch: Batch) -> torch.Tensor:
         """Bytes of the text behind each row's targets before normalization; float64 [samples]."""
-        key = stream.task, stream.seq_len
+        # The micro-batch decides how many rows fill up, and which samples each rank has.
+        key = stream.task, stream.seq_len, self._engine.micro
         if key not in self._weights:
             samples = min(self._samples, stream.samples_per_epoch)
             found = stream.bytes_of_targets(samples, self._token_bytes.numpy())

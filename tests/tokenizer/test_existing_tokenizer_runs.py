@@ -147,6 +147,7 @@ def test_a_run_trains_on_it(corpora: Path) -> None:
     for phase in settings["phases"]:
         phase["steps"] = 2
         phase["learning_rate"]["warmup_steps"] = 1
+    settings["phases"][1]["batch"] = {"micro": 4}  # the 10 validation samples are 12 rows then
     run_file = write_run_file(corpora / "run", settings)
     run("plan", run_file)
     subprocess.run(megaphase("train", run_file), check=True, capture_output=True)
