@@ -106,6 +106,7 @@ class ValidationRecord:
             a token; None for a task that was not trained on since.
         begins_phase: whether this is the phase's first validation, before its first step.
         average: the losses of the average of the phase's weights; None where there is none.
+        repeated: whether these are the losses of the validation at the end of the phase before.
     """
 
     step: int
@@ -114,6 +115,7 @@ class ValidationRecord:
     gaps: Mapping[str, float | None]
     begins_phase: bool
     average: Mapping[str, HeldOutLoss] | None = None
+    repeated: bool = False
 
     def row(self) -> Row:
         """As in metrics.jsonl."""

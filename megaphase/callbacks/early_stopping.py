@@ -121,8 +121,9 @@ class EarlyStopping(Callback):
     """Keeps the bests of a run (`monitor`) and says when a phase has to end (`phases[N].stop`).
 
     Bests count over the whole run, patience within a phase, whose first validation is the one at
-    its start. A step counts once, however often it is observed: where two phases meet, it is the
-    last observation of the one and the first of the other, and no new best in the second.
+    its start. A step counts once, however often it is observed with the same weights: where two
+    phases meet, it is the last observation of the one and the first of the other, and no new best
+    in the second. Weights that a phase begins with instead, such as an average, may be the best.
     """
 
     state_key: ClassVar[str] = "monitor"
@@ -167,12 +168,16 @@ class EarlyStopping(Callback):
                 known.loss_sum + loss_sum, known.tokens + int(tokens[task])
             )
 
-    def observe(self, step: int, losses: Mapping[str, float]) -> PhaseEnd:
+    def observe(
+        self, step: int, losses: Mapping[str, float], *, new_weights: bool = False
+    ) -> PhaseEnd:
         """Take in the validation losses, by task, after `step` steps of the run.
 
         The training losses that were added count for this observation and are then forgotten.
+
+        new_weights: whether the weights are others than those of an earlier observation of `step`.
         """
-        again = step == self._last_step
+        again = step == self._last_step and not new_weights
         self._last_step = step
         if not (again and self._watches):
             self._update_watches(step, losses)

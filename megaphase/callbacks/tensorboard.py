@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from megaphase.callbacks.callback import ValidationRecord
 from megaphase.callbacks.row_recorder import RowRecorder
 from megaphase.callbacks.trackers.metric_names import event_text
 from megaphase.utils.errors import RunError
@@ -25,6 +26,9 @@ TRAINING_SCALARS = (
 
 class TensorBoard(RowRecorder):
     """Writes TensorBoard's files; every value and every event is in them once for its step.
+
+    Where a phase begins with other weights than the one before had, or measures them with another
+    sequence length, the losses of both are at the step of the switch.
 
     A resumed run hides what was written after its checkpoint: `purge_step` makes TensorBoard drop
     all of the checkpoint's step and of later ones from the files before, and the rows of that step
@@ -47,7 +51,6 @@ class TensorBoard(RowRecorder):
         from torch.utils.tensorboard import SummaryWriter
 
         self._folder = folder
-        self._validated: int | None = None
         with os_errors_named(folder):
             before = list(folder.glob("events.out.tfevents.*"))
             if resumed_step is None:
@@ -61,12 +64,13 @@ class TensorBoard(RowRecorder):
             for row in _rows_of_step(metrics, resumed_step):
                 self.write(row)
 
+    def on_validation_end(self, record: ValidationRecord) -> None:
+        """Add the losses; those that two phases share at a switch are added once."""
+        if not record.repeated:
+            self.write(record.row())
+
     def write(self, row: Row) -> None:
-        """Add a row's numbers or text; those that two phases share at a switch are added once."""
-        if "validation" in row:
-            if row["step"] == self._validated:
-                return
-            self._validated = row["step"]
+        """Add a row's numbers or text."""
         with os_errors_named(self._folder):
             for name, value in _scalars(row):
                 self._writer.add_scalar(name, value, row["step"])

@@ -103,11 +103,12 @@ class Trainer(RunParts):
         if self.branch is not None or self.state.phase > 0:
             self.switch_phase()
         with self.watchdog.patient(f"beginning {phase}"):
-            if self.averages.begin_phase(self.state):
+            new_weights = self.averages.begin_phase(self.state)
+            if new_weights:
                 self._last_validation = None
         self.engine.spikes.begin_phase()
         self.callbacks.on_phase_begin(self.state.phase, phase)
-        self.validate(saved_anyway=False, begins_phase=True)
+        self.validate(saved_anyway=False, begins_phase=True, new_weights=new_weights)
         if self.state.phase == 0 and self.benchmarks.are_wanted:
             self.measure_benchmarks()
 
@@ -225,12 +226,14 @@ class Trainer(RunParts):
         if found is not None:
             self.callbacks.on_benchmarks_end(found)
 
-    def validate(self, *, saved_anyway: bool, begins_phase: bool = False) -> str | None:
+    def validate(
+        self, *, saved_anyway: bool, begins_phase: bool = False, new_weights: bool = False
+    ) -> str | None:
         """Measure the held-out losses, once for both phases that meet at a switch if the model has
         the same sequence length and rotary positions in both.
 
         saved_anyway: whether a whole checkpoint of this step follows; the best weights are then
-            in that one.
+            in that one. new_weights: whether the phase begins with others than the one before had.
 
         Returns why early stopping ends the phase, or None.
         """
@@ -238,13 +241,16 @@ class Trainer(RunParts):
         phase, step = self.phase.name, self.state.step
         losses, average = self._held_out_losses()
         outcome = self.early_stopping.observe(
-            step, {task: found.loss for task, found in losses.items()}
+            step, {task: found.loss for task, found in losses.items()}, new_weights=new_weights
         )
+        shown = None if begins_phase else average
+        repeated = begins_phase and not new_weights and self._has_shape_of_phase_before()
         self.callbacks.on_validation_end(
-            ValidationRecord(
-                step, phase, losses, outcome.gaps, begins_phase, None if begins_phase else average
-            )
+            ValidationRecord(step, phase, losses, outcome.gaps, begins_phase, shown, repeated)
         )
+        # The full checkpoint that then follows has these weights; those with which the next phase
+        # begins may need the name of this step's best weights.
+        saved_anyway |= outcome.stop is not None and not begins_phase
         if outcome.improved:
             self.callbacks.event(step, "best", phase=phase, of=outcome.improved)
             name = full_name(step) if saved_anyway else best_name(step)
@@ -255,6 +261,10 @@ class Trainer(RunParts):
                         self.state, phase, self.divergence.last_sound_step
                     )
         return outcome.stop
+
+    def _has_shape_of_phase_before(self) -> bool:
+        number = self.state.phase
+        return number > 0 and self.shapes[number - 1] == self.shapes[number]
 
     def _held_out_losses(self) -> tuple[Losses, Losses | None]:
         """Those of the current weights, and of their average, if there is one, with the phase's

@@ -134,6 +134,20 @@ def test_a_step_that_is_observed_again_counts_once(folder):
     assert monitor.observe(40, losses(1.0)).stop is not None
 
 
+def test_new_weights_at_the_same_step_may_be_the_best(folder):
+    stop = overfit(tasks=["hi"], patience=1)
+    monitor = early_stopping(make_config(folder, [stop, stop], {"tasks": ["hi"]}))
+    assert monitor.observe(0, losses(2.0)).improved == ["hi", "mean"]
+    assert monitor.observe(10, losses(1.5)).improved == ["hi", "mean"]
+    monitor.begin_phase(1)
+    found = monitor.observe(10, losses(1.25), new_weights=True)
+    assert (found.improved, found.stop) == (["hi", "mean"], None)
+    assert monitor.best() == {"hi": (10, 1.25), "mean": (10, 1.25)}
+    assert monitor.observe(20, losses(1.375)).improved == []
+    monitor.begin_phase(0)
+    assert monitor.observe(20, losses(1.3125), new_weights=True).improved == []
+
+
 def test_a_loss_that_is_not_finite_is_no_gain(folder):
     config = make_config(folder, [overfit(tasks=["hi"], patience=2)], {"tasks": ["hi", "eu"]})
     monitor = early_stopping(config)

@@ -23,6 +23,7 @@ from run_support import (
     write_run_file,
 )
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from warm_commands import run, run_killed, run_well
 
 TOLERANCE = 1e-6
@@ -222,6 +223,50 @@ def test_a_phase_that_ends_before_its_average_begins(corpora: Path, folder: Path
         assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr
         assert "joint step 5: begin_from is average, but pretrain ended before" in result.stderr
     assert checkpoint(folder / "early" / "run", 5).is_dir()
+
+
+def noisy(settings: dict[str, Any]) -> dict[str, Any]:
+    """A run whose average is better than its weights, and whose second phase makes them worse."""
+    for phase, peak in zip(settings["phases"], (0.1, 0.5), strict=True):
+        phase["learning_rate"] = {"schedule": "constant", "peak": peak}
+    settings["phases"][1]["steps"] = 2
+    settings["faults"] = {"stop_on_divergence": False}
+    settings["logging"]["tensorboard"] = True
+    settings["monitor"] = {"tasks": ["alda", "boreth"]}
+    return settings
+
+
+@pytest.mark.parametrize("ends", ["at its length", "early"])
+def test_the_average_may_be_the_best_and_is_shown(corpora: Path, folder: Path, ends: str) -> None:
+    settings = noisy(settings_of(corpora))
+    if ends == "early":  # after a validation that no checkpoint follows otherwise
+        settings["phases"][0]["stop"] = {"loss": {"alda": 100.0}}
+        settings["checkpoint"]["every_steps"] = 3
+    switch = 5 if ends == "early" else SWITCH
+    run_file = write_run_file(folder / f"noisy {ends}", settings)
+    run_killed(run_file, before_step=switch + 1)  # resumes at the switch
+    run_well("train", run_file)
+    run_dir = run_file.parent / "run"
+    rows = [row for row in read_rows(run_dir) if "validation" in row]
+    [before, after] = [row for row in rows if row["step"] == switch]
+    average = whole_parameters(checkpoint(run_dir, switch), "average")
+    weights = whole_parameters(checkpoint(run_dir, switch))
+    from_average = []
+    # Where the phase ends early, the weights before are the best of one task, the average that of
+    # the other.
+    for task in ("alda", "boreth") if ends == "early" else ("alda",):
+        lowest = min(rows, key=lambda row: row["validation"][task]["loss"])
+        assert lowest in (before, after)
+        expected = average if lowest is after else weights
+        from_average.append(lowest is after)
+        found = whole_parameters(run_dir / "checkpoints" / f"best-{task}")
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert from_average == ([True, False] if ends == "early" else [True])
+    board = EventAccumulator(str(run_dir / "tensorboard"))
+    board.Reload()
+    shown = [(event.step, event.value) for event in board.Scalars("validation_loss/alda")]
+    losses = [(row["step"], row["validation"]["alda"]["loss"]) for row in rows]
+    assert shown == [(step, pytest.approx(loss)) for step, loss in losses]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from run_support import (
     without_gap,
     write_run_file,
 )
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from warm_commands import run, run_killed, run_well
 
 from megaphase.checkpoint.parameters import WEIGHT
@@ -82,6 +83,23 @@ def test_the_first_losses_of_a_phase_are_those_of_its_rotary_positions(single):
             expected = float(losses.sum() / (batch.targets >= 0).sum())
             measured = validation(rows, SWITCH, phase)[task]["loss"]
             assert measured == pytest.approx(expected, rel=FP32)
+
+
+def test_tensorboard_shows_the_losses_with_either_length_at_the_switch(corpora, tmp_path):
+    settings = settings_of(corpora, logging={"tensorboard": True})
+    settings["phases"].append(settings["phases"][1] | {"name": "more", "steps": 2})
+    run_file = write_run_file(tmp_path, settings)
+    run_killed(run_file, before_step=SWITCH + 1)  # resumes at the switch
+    run_well("train", run_file)
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    board.Reload()
+    rows = [row for row in read_rows(tmp_path / "run") if "validation" in row]
+    losses = [(row["step"], row["validation"]["cimri"]["loss"]) for row in rows]
+    assert losses.count(losses[-2]) == 2  # both ends of the switch that changes no length
+    shown = [(event.step, event.value) for event in board.Scalars("validation_loss/cimri")]
+    expected = [each for number, each in enumerate(losses) if each not in losses[:number]]
+    assert shown == [(step, pytest.approx(loss)) for step, loss in expected]
+    assert [step for step, _ in shown].count(SWITCH) == 2
 
 
 def test_checkpoints_record_the_model_of_the_phase_that_ended_or_was_trained(single):
