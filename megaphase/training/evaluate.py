@@ -85,6 +85,7 @@ def evaluate(
             check_checkpoint(found, plan)
             phase = config.phase_number(found.state["phase_name"])
             engine = Engine(config, shapes[phase], grid, len(plan.tasks))
+            engine.micro = config.phase_batch(phase).micro
             load_checkpoint(engine, found, average=average)
         losses: dict[EvaluatedSplit, Losses] = {}
         counts: dict[EvaluatedSplit, dict[str, int]] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from warm_commands import run, run_well
 from megaphase.checkpoint.parameters import WEIGHT
 from megaphase.convert.source import open_source
 from megaphase.corpus import Corpus
+from megaphase.plan.dataset import Batch
 from megaphase.tokenizer import Tokenizer
+from megaphase.training.engine import Engine
 
 TASKS = ("alda", "boreth", "cimri")
 TEST, VALIDATION = 0.25, 0.1
@@ -124,6 +127,29 @@ def test_the_layout_does_not_change_the_samples(trained: Path) -> None:
         for task in TASKS:
             expected = pytest.approx(list(one[split][task].values()), rel=FP32)
             assert list(four[split][task].values()) == expected
+
+
+def record_rows(path: Path) -> None:
+    """In the process of a command: append the number of rows of every forward pass to a file."""
+    evaluate_rows = Engine._evaluate
+
+    def recorded(self: Engine, micro: Batch) -> torch.Tensor:
+        with path.open("a") as file:
+            file.write(f"{len(micro)}\n")
+        return evaluate_rows(self, micro)
+
+    Engine._evaluate = recorded  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(("phase", "micro"), [("pretrain", 2), ("joint", 1)])
+def test_the_micro_batch_is_that_of_the_phase(
+    trained: Path, tmp_path: Path, phase: str, micro: int
+) -> None:
+    path = tmp_path / "rows"
+    arguments = ("evaluate", trained, "phases.1.batch.micro=1", "--checkpoint", phase)
+    run_well(*arguments, prepare=partial(record_rows, path))
+    samples = 10  # of each task, which micro-batches of 1 and of 2 fill
+    assert path.read_text() == f"{micro}\n" * (len(TASKS) * samples // micro)
 
 
 def test_the_number_of_samples(trained: Path) -> None:
