@@ -26,7 +26,6 @@ from megaphase.training.resume import check_checkpoint, load_checkpoint
 from megaphase.training.run_directory import RunDirectory
 from megaphase.training.startup import (
     check_inputs,
-    open_plan,
     say_on_first_rank,
     watched_processes,
 )
@@ -59,6 +58,8 @@ def evaluate(
 ) -> Evaluation:
     """Losses of a checkpoint, the run's newest if none is given; on every process.
 
+    Nothing is written to the run directory, which may be another user's.
+
     Args:
         checkpoint: RUN@NAME, a NAME in this run, or a path.
         splits: the number of samples of each; None: as in the run file, for documents that are
@@ -76,15 +77,15 @@ def evaluate(
             tokenizer, shapes, spec = check_inputs(config, branch)
             grid = start_process_grid(config.parallel.tensor)
             say = say_on_first_rank(console)
-            folder = RunDirectory(config.output).checkpoints
-            store = CheckpointStore(folder, ControlGroup(), say)
-            plan = open_plan(config, spec, branch, say, console)
+            directory = RunDirectory(config.output)
+            store = CheckpointStore(directory.checkpoints, ControlGroup(), say)
+            on_first_rank(lambda: directory.refuse_other_plan(config, spec.fingerprint, spec.bos))
             found = _find(store, config, checkpoint) if checkpoint else store.newest_whole(say)
             if found is None:
-                raise InputError(folder, "there is no whole checkpoint", "train first")
-            check_checkpoint(found, plan)
+                raise InputError(store.folder, "there is no whole checkpoint", "train first")
+            check_checkpoint(found, spec)
             phase = config.phase_number(found.state["phase_name"])
-            engine = Engine(config, shapes[phase], grid, len(plan.tasks))
+            engine = Engine(config, shapes[phase], grid, len(spec.streams))
             engine.micro = config.phase_batch(phase).micro
             load_checkpoint(engine, found, average=average)
         losses: dict[EvaluatedSplit, Losses] = {}

@@ -14,6 +14,7 @@ from megaphase.distributed.all_ranks import run_on_all_ranks
 from megaphase.plan.branch import Branch
 from megaphase.plan.plan import Plan
 from megaphase.plan.run_history import RunHistory, history_of_state
+from megaphase.plan.spec import PlanSpec
 from megaphase.training.engine import Engine
 from megaphase.training.random_state import set_random_state, stored_random_state
 from megaphase.training.train_state import TrainState
@@ -30,16 +31,16 @@ def newest_checkpoint(
     """
     checkpoint = store.newest_whole(say)
     if checkpoint is not None:
-        check_checkpoint(checkpoint, plan)
+        check_checkpoint(checkpoint, plan.spec)
     return checkpoint
 
 
-def check_checkpoint(checkpoint: Checkpoint, plan: Plan) -> None:
+def check_checkpoint(checkpoint: Checkpoint, spec: PlanSpec) -> None:
     """Refuse a checkpoint of another run file or version of this program; called by all ranks."""
 
     def check() -> None:
         check_format(checkpoint.folder, checkpoint.state)
-        if checkpoint.state["plan"] != plan.spec.fingerprint:
+        if checkpoint.state["plan"] != spec.fingerprint:
             raise InputError(
                 checkpoint.folder,
                 "was written with another plan than that of this run file",

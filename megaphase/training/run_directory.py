@@ -95,6 +95,10 @@ class RunDirectory:
         """Raise InputError, naming the first key, where another run file began this directory."""
         refuse_other_run(self.path, config)
 
+    def refuse_other_plan(self, config: RunConfig, fingerprint: str, bos: int | None) -> None:
+        """Raise InputError where the run in this directory has another BOS or other corpora."""
+        refuse_other_plan(self.path, config, fingerprint, bos)
+
     def claim(self, config: RunConfig, plan: dict[str, Any]) -> None:
         """Write down the run file and the plan, in a directory that is new or of this run.
 
@@ -110,7 +114,7 @@ class RunDirectory:
             user, remedy = f"logging.{folder.name} needs", f"leave out logging.{folder.name}"
             _refuse_no_folder(folder.parent, user, remedy)
             _refuse_no_folder(folder, user, remedy)
-        refuse_other_plan(self.path, config, plan["fingerprint"], plan.get("bos"))
+        self.refuse_other_plan(config, plan["fingerprint"], plan.get("bos"))
         refuse_other_counts(self.path, plan)
         try:
             for folder in (self.path, *folders):

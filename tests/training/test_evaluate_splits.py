@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,14 @@ from distributed import check, launch
 from plain_gpt import PlainGPT, PlainShape
 from plan_support import derived_key, member_key, permutation
 from rounding import FP32
-from run_support import STEPS, make_corpora, megaphase, run_settings, write_run_file
+from run_support import (
+    STEPS,
+    copy_run,
+    make_corpora,
+    megaphase,
+    run_settings,
+    write_run_file,
+)
 from warm_commands import run, run_well
 
 from megaphase.checkpoint.parameters import WEIGHT
@@ -150,6 +158,38 @@ def test_the_micro_batch_is_that_of_the_phase(
     run_well(*arguments, prepare=partial(record_rows, path))
     samples = 10  # of each task, which micro-batches of 1 and of 2 fill
     assert path.read_text() == f"{micro}\n" * (len(TASKS) * samples // micro)
+
+
+def files_in(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Return content and time of change of every file, by its path."""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {
+        str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in paths
+    }
+
+
+def test_the_record_of_the_run_is_not_changed(trained: Path, tmp_path: Path) -> None:
+    run_file = copy_run(trained.parent, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "run" / "plan")  # which may be built again from the run file
+    before = files_in(tmp_path / "copy")
+    changes = ("logging.every_steps=3", "checkpoint.keep=9", "phases.1.batch.micro=1")
+    found = evaluated(run_file, *changes)
+    assert found == evaluated(trained)
+    assert files_in(tmp_path / "copy") == before
+
+
+def test_a_refused_measurement_leaves_nothing(corpora: Path, trained: Path, tmp_path: Path) -> None:
+    run_file = write_run_file(tmp_path, settings_of(corpora))
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    refused = run("evaluate", run_file)
+    assert refused.returncode == 2
+    assert "checkpoints: there is no whole checkpoint; train first" in refused.stderr
+    other = write_run_file(tmp_path, settings_of(corpora, seed=12))
+    refused = run("evaluate", other, "--checkpoint", f"{trained.parent / 'run'}@joint")
+    assert refused.returncode == 2
+    assert "was written with another plan than that of this run file" in refused.stderr
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoints"]
 
 
 def test_the_number_of_samples(trained: Path) -> None:
