@@ -81,7 +81,12 @@ def _given(text: str) -> Path:
 
 def find_for_run(run: Path, text: str) -> Path:
     """Return the directory of a NAME in this run, RUN@NAME of any run, or a path."""
-    return find_checkpoint(text) if "@" in text or "/" in text else find_in_run(run, text)
+    return find_checkpoint(text) if names_path(text) else find_in_run(run, text)
+
+
+def names_path(text: str) -> bool:
+    """Return whether this is RUN@NAME or a path, not the NAME of a checkpoint in some run."""
+    return "@" in text or "/" in text
 
 
 def find_in_run(run: Path, name: str) -> Path:

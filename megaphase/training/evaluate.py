@@ -8,7 +8,7 @@ from functools import partial
 
 from rich.console import Console
 
-from megaphase.checkpoint.names import find_for_run
+from megaphase.checkpoint.names import find_for_run, names_path
 from megaphase.checkpoint.store import Checkpoint, CheckpointStore
 from megaphase.config.run import RunConfig
 from megaphase.distributed.all_ranks import on_first_rank, run_on_all_ranks
@@ -71,7 +71,8 @@ def evaluate(
     """
     with watched_processes(config, signals) as watchdog:
         with watchdog.patient("setting up"):
-            on_first_rank(lambda: _require_checkpoints(config))
+            if checkpoint is None or not names_path(checkpoint):
+                on_first_rank(lambda: _require_checkpoints(config))
             run_on_all_ranks(lambda: _require_splits(config, splits))
             branch = on_first_rank(lambda: choose_branch(config, None))
             tokenizer, shapes, spec = check_inputs(config, branch)

@@ -179,6 +179,19 @@ def test_the_record_of_the_run_is_not_changed(trained: Path, tmp_path: Path) -> 
     assert files_in(tmp_path / "copy") == before
 
 
+def test_the_run_file_is_enough_for_a_checkpoint_from_elsewhere(
+    corpora: Path, trained: Path, tmp_path: Path
+) -> None:
+    run_file = write_run_file(tmp_path / "here", settings_of(corpora))
+    source = trained.parent / "run"
+    assert evaluated(run_file, "--checkpoint", f"{source}@joint") == evaluated(f"{source}@joint")
+    assert files_in(tmp_path / "here").keys() == {"run.yaml"}
+    for name in ("joint", "latest"):
+        refused = run("evaluate", run_file, "--checkpoint", name)
+        assert refused.returncode == 2
+        assert "checkpoints: there is no checkpoint yet; train first" in refused.stderr
+
+
 def test_a_refused_measurement_leaves_nothing(corpora: Path, trained: Path, tmp_path: Path) -> None:
     run_file = write_run_file(tmp_path, settings_of(corpora))
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
