@@ -21,7 +21,9 @@ from megaphase.plan.held_out_noise import held_out_warnings
 from megaphase.plan.load_plan import open_run, phase_setups, preview_plan, stage_setups
 from megaphase.plan.plan import Plan
 from megaphase.plan.preview import plan_warnings
+from megaphase.training.new_tokens import TrainedTokens
 from megaphase.training.run_directory import RunDirectory
+from megaphase.training.tracker_check import check_trackers
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import make_directory, real_path
 from megaphase.utils.slurm import submit
@@ -44,14 +46,16 @@ def check(
     _refuse_unwritable(config)
     refuse_pattern(config.where("output"), logs_folder(config.output))
     RunDirectory(config.output).refuse_other_run(config)
+    check_trackers(config)
     branch = choose_branch(config, source)
+    TrainedTokens.of(config, tokenizer.vocab_size, branch)
     setups = phase_setups(config, tokenizer, resources.processes)
     needed = memory_summary(setups, gpu_memory_gb)
     sentences = memory_sentences(needed)
     if resources.gpus and not needed["layouts"][0]["fits"]:
         raise InputError(config.where("parallel"), sentences[-1], "or set --memory")
     refuse_second_job(config.output)
-    plan = preview_plan(config, tokenizer, branch, processes=resources.processes)
+    plan = preview_plan(config, tokenizer, branch, processes=resources.processes, to_train=True)
     # Slurm does not create it, and without it a job fails without an error message.
     make_directory(logs_folder(config.output))
     for sentence in [*plan_warnings(plan.summary()), *held_out_warnings(config, plan.spec)]:

@@ -23,7 +23,7 @@ from megaphase.plan.corpus_counts import CorpusCounts
 from megaphase.plan.origin import read_origin
 from megaphase.plan.plan import Plan
 from megaphase.plan.progress import building_progress
-from megaphase.plan.same_run import plan_of_run
+from megaphase.plan.same_run import plan_of_run, refuse_other_plan
 from megaphase.plan.spec import PhaseSpec, PlanSpec, open_corpora, plan_spec
 from megaphase.tokenizer import Tokenizer
 from megaphase.utils.standard_streams import new_console
@@ -77,6 +77,7 @@ def preview_plan(
     *,
     whole: bool = False,
     processes: int | None = None,
+    to_train: bool = False,
 ) -> Plan:
     """Open the run's plan; if it is not built yet, build it and show the progress.
 
@@ -87,6 +88,7 @@ def preview_plan(
         its directory.
     whole: whether to verify every byte of a plan that is built.
     processes: which must be able to share the batches that are left to train; None: any number.
+    to_train: whether to refuse an output that contains a run with another plan, as training does.
 
     Raises:
         InputError: the corpora are missing or damaged, the plan cannot be written, the processes
@@ -104,6 +106,8 @@ def preview_plan(
         check_format(branch.checkpoint, branch.state)
         [shape, *_] = phase_shapes(config, tokenizer.vocab_size)
         branch.check(config, spec, shape.architecture())
+    if to_train:
+        refuse_other_plan(config.output, config, spec.fingerprint, spec.bos)
     console = new_console(stderr=True, highlight=False)
     say = partial(console.print, markup=False, soft_wrap=True)
     if plan_of_run(config.output) in (None, spec.fingerprint):

@@ -40,7 +40,7 @@ from megaphase.training.new_tokens import TrainedTokens
 from megaphase.training.nvme import prepare_offload
 from megaphase.training.run_directory import RunDirectory
 from megaphase.training.shared_corpora import open_verified_corpora
-from megaphase.utils.errors import InputError
+from megaphase.training.tracker_check import check_trackers
 
 
 @contextmanager
@@ -102,7 +102,7 @@ def check_inputs(config: RunConfig, branch: Branch | None) -> Inputs:
         check_memory(config, found[0].shapes[0])
         choose_backends(config)
         check_environment(config)
-        _check_trackers(config)
+        check_trackers(config)
         prepare_offload(config)
         return found[0]
 
@@ -146,22 +146,6 @@ def _spec(
 ) -> PlanSpec:
     used = branch.origin.positions if branch else {}
     return plan_spec(config, tokenizer, used, corpora=corpora, known=known, checked=checked)
-
-
-def _check_trackers(config: RunConfig) -> None:
-    """Raise InputError if the package of a tracker is not installed, or it cannot be used."""
-    for name, tracker in config.logging.trackers():
-        package = tracker.missing_package()
-        if package is not None:
-            raise InputError(
-                config.where(f"logging.{name}"),
-                f"needs the package {package}, which is not installed",
-                f'pip install "megaphase[{package}]"',
-            )
-        fault = tracker.find_fault()
-        if fault is not None:
-            key = config.where(f"logging.{name}.{fault.key}")
-            raise InputError(key, fault.problem, fault.remedy)
 
 
 def open_plan(

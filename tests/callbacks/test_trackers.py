@@ -33,7 +33,7 @@ from megaphase.config.fields import FilePath
 from megaphase.config.load import load_run_file
 from megaphase.config.run import RunConfig
 from megaphase.training.run_directory import RunDirectory
-from megaphase.training.startup import _check_trackers
+from megaphase.training.tracker_check import check_trackers
 from megaphase.training.trainer import Trainer
 from megaphase.utils.errors import InputError
 
@@ -185,10 +185,10 @@ def test_a_tracker_whose_package_is_missing_is_refused(
     run_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = load_run_file(run_file, ("logging={wandb: {project: languages}}",))
-    _check_trackers(config)
+    check_trackers(config)
     monkeypatch.setattr(WandbConfig, "PACKAGE", "no_such_package")
     with pytest.raises(InputError) as refused:
-        _check_trackers(config)
+        check_trackers(config)
     assert str(refused.value) == (
         f"{run_file}: logging.wandb: needs the package no_such_package, which is not installed; "
         'pip install "megaphase[no_such_package]"'
@@ -214,7 +214,7 @@ def test_a_file_in_place_of_a_trackers_folder_is_refused(
 def test_a_store_to_which_mlflow_does_not_write_is_refused(run_file: Path) -> None:
     mlflow = "logging={mlflow: {experiment: languages, tracking_uri: mlruns}}"
     with pytest.raises(InputError) as refused:
-        _check_trackers(load_run_file(run_file, (mlflow,)))
+        check_trackers(load_run_file(run_file, (mlflow,)))
     assert str(refused.value) == (
         f"{run_file}: logging.mlflow.tracking_uri: mlruns is a folder, to which MLflow does not "
         "write any more; give a server or sqlite:////data/mlflow.db"
