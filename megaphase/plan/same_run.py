@@ -45,7 +45,8 @@ _LENGTH_OF_PHASE = re.compile(r"phases\[(\d+)\]\.(?:steps|tokens|epochs.*)")
 
 
 def refuse_other_run(run_dir: Path, config: RunConfig) -> None:
-    """Raise InputError, naming the first key, if another run file started this directory."""
+    """Raise InputError, naming the first key, if another run file started this directory, or the
+    same one with its tasks in another order."""
     path = run_dir / RUN_FILE
     if not path.exists():
         return
@@ -61,6 +62,14 @@ def refuse_other_run(run_dir: Path, config: RunConfig) -> None:
             config.where(key),
             f"is {_show(new)}, but the run in {run_dir} began with {_show(old)}",
             _remedy_for_more(run_dir, key, began["phases"]) or remedy,
+        )
+    order, now_order = list(began["tasks"]), list(now["tasks"])
+    if order != now_order:  # on which the blend depends
+        raise InputError(
+            config.where("tasks"),
+            f"are in the order {', '.join(now_order)}, but the run in {run_dir} began with the "
+            f"order {', '.join(order)}",
+            "put them into that order or choose another output",
         )
 
 

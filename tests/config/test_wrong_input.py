@@ -6,6 +6,7 @@ import shutil
 import sys
 
 import pytest
+import yaml
 from distributed import launch, run_ranks
 from run_support import make_corpora, megaphase, run_settings, write_run_file
 
@@ -209,6 +210,22 @@ def test_what_may_change_between_two_starts(changes, begun):
         return
     with pytest.raises(InputError, match=rf"{re.escape(named)}: is .*, but the run in .* began"):
         directory.refuse_other_run(config)
+
+
+def test_tasks_in_another_order_are_called_that(begun):
+    run_file, directory = begun
+    settings = yaml.safe_load(run_file.read_text())
+    names = list(settings["tasks"])
+    settings["tasks"] = {name: settings["tasks"][name] for name in reversed(names)}
+    other = run_file.with_name("other.yaml")
+    other.write_text(yaml.safe_dump(settings, sort_keys=False))
+    with pytest.raises(InputError) as refused:
+        directory.refuse_other_run(load_run_file(other))
+    assert str(refused.value) == (
+        f"{other}: tasks: are in the order {', '.join(reversed(names))}, but the run in "
+        f"{directory.path} began with the order {', '.join(names)}; put them into that order or "
+        "choose another output"
+    )
 
 
 FREE = re.compile(
