@@ -81,12 +81,13 @@ class Claim:
         self.confirm()
 
     def _may_take(self, owner: dict[str, Any]) -> bool:
-        """Whether the run may take a folder that another identity has: nothing lies there yet, or
-        a checkpoint that is in both places is the same in both, as where they were put back into
-        a new run directory. An earlier version's claim is also taken where none is in both."""
-        if owner.get("plan") != self._plan:
-            return False
+        """Whether the run may take a folder that another identity, or a run with another plan, has:
+        no checkpoint lies there, or one that is in both places is the same in both, as where they
+        were put back into a new run directory. An earlier version's claim is also taken where none
+        is in both."""
         there = {name for kind in _KINDS for name in self._run.names(kind)}
+        if owner.get("plan") != self._plan:
+            return not there
         folders = [f for kind in _KINDS for f in checkpoint_folders(self._folder, kind)]
         shared = [folder for folder in folders if folder.name in there]
         if not there or not shared:

@@ -95,6 +95,9 @@ class RunParts:
         self.store = CheckpointStore(self.directory.checkpoints, self.control_group, self.say)
         if branch is not None and branch.is_new:
             self.store.open(branch.checkpoint)  # verified before anything is written
+        on_first_rank(
+            lambda: self.directory.refuse_other_plan(config, spec.fingerprint, spec.bos)
+        )  # before the folder in the store is claimed for another plan
         self.uploader = claimed_uploader(config, spec, self.say)
         self.plan = open_plan(config, spec, branch, self.say, console)
         self.plan_check = resources.enter_context(BackgroundCheck([]))

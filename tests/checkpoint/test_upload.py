@@ -258,7 +258,8 @@ def test_another_checkpoint_of_this_name_is_replaced(run: Run) -> None:
 
 
 def test_a_folder_of_another_run_is_refused(run: Run) -> None:
-    run.start()
+    run.start().save(2)
+    run.finish()
     other = Run(run.folder, run.url, plan="other")
     with pytest.raises(
         InputError, match=r"run\.yaml: checkpoint\.upload: memory://.* holds the check"
@@ -322,9 +323,11 @@ def test_the_claim_of_an_earlier_version_is_of_the_run_that_has_its_checkpoints(
     }  # fmt: skip
 
 
-def test_a_claim_without_checkpoints_is_taken_over(run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("plan", ["plan", "other"])
+def test_a_claim_without_checkpoints_is_taken_over(run: Run, tmp_path: Path, plan: str) -> None:
+    """As that of a start which then failed."""
     run.start()
-    other = Run(tmp_path / "other" / "checkpoints", run.url).start()
+    other = Run(tmp_path / "other" / "checkpoints", run.url, plan=plan).start()
     other.save(2)
     other.finish()
     run.save(4)

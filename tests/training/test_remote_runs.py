@@ -19,8 +19,10 @@ from warm_commands import run, run_well
 from megaphase.checkpoint.names import find_checkpoint
 from megaphase.checkpoint.remote import RemoteRun
 from megaphase.checkpoint.state import full_name
+from megaphase.plan.load_plan import open_run, preview_plan
+from megaphase.plan.same_run import settings_of as settings_of_run
 from megaphase.utils import remote_calls
-from megaphase.utils.remote_files import list_folder, read_bytes
+from megaphase.utils.remote_files import list_folder, read_bytes, write_bytes
 
 VARIABLES = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION")
 URL = f"s3://{BUCKET}/runs/first"
@@ -170,6 +172,33 @@ def test_a_branch_from_the_store_equals_one_from_the_run(
     told = run("train", remote, "--from", f"{URL}-base@nothing", prepare=prepare)
     assert told.returncode == 2
     assert told.stderr.count("\n") == 1
+
+
+def test_other_corpora_are_refused_as_that_and_claim_nothing(
+    corpora: Path, tmp_path: Path, server: FaultyProxy, prepare: partial[None]
+) -> None:
+    server.fail(None)
+    url = f"s3://{BUCKET}/runs/corpora"
+    run_file = write_run_file(tmp_path, settings_of(corpora, upload=url))
+    config, tokenizer = open_run(run_file, None)
+    plan = preview_plan(config, tokenizer)
+    # As a run leaves them that has uploaded a checkpoint.
+    run_dir = tmp_path / "run"
+    (run_dir / "plan.json").write_text(json.dumps(plan.summary()))
+    (run_dir / "run.json").write_text(json.dumps(settings_of_run(config)))
+    (run_dir / "upload.json").write_text(json.dumps({"run": "own"}))
+    claim = json.dumps({"plan": plan.spec.fingerprint, "run": "own"}).encode()
+    write_bytes(f"{url}/upload.json", claim)
+    write_bytes(f"{url}/checkpoints/{full_name(4)}/manifest.json", b"{}")
+    before = sorted(run_dir.rglob("*"))
+    refused = run(
+        "train", run_file, f"tasks.cimri.corpus={corpora / 'data' / 'alda'}", prepare=prepare
+    )
+    assert refused.returncode == 2
+    [line] = refused.stderr.splitlines()
+    assert "tasks: the corpora are not those with which the run in" in line
+    assert sorted(run_dir.rglob("*")) == before
+    assert read_bytes(f"{url}/upload.json") == claim
 
 
 def test_a_signal_does_not_wait_for_uploads(
