@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from megaphase.utils.files import (
     publish_directory,
     read_file,
     remove_directory_at_once,
+    size_damage,
 )
 from megaphase.utils.locks import exclusive_lock
 from megaphase.utils.remote_calls import first_failure_said
@@ -48,8 +50,8 @@ def cache_folder() -> Path:
 
 def fetch_checkpoint(text: str) -> Path:
     """Return the directory in the cache with the checkpoint that `URL@NAME`, or the URL of a
-    checkpoint, names. It is fetched unless the same one is there; each file is compared with the
-    manifest.
+    checkpoint, names. It is fetched unless the same one is there, with files of the right sizes;
+    each file that is fetched is compared with the manifest.
 
     Raises:
         InputError: there is no such checkpoint.
@@ -65,16 +67,24 @@ def _fetched(text: str) -> Path:
     url = run.folder(name)
     manifest = read_bytes(joined(url, MANIFEST_FILE))
     final = cache_folder() / hash_json(run.url)[:16] / CHECKPOINTS / name
-    if _is_that(final, manifest):
+    files = _files(url, manifest)
+    if _is_that(final, manifest, files):
         return final
     lock = final.with_name(f".{name}.lock")
     with os_errors_named(final.parent):
         final.parent.mkdir(parents=True, exist_ok=True)
         waiting = f"waiting for another process, which fetches {url}"
         with exclusive_lock(lock, lambda: say_on_standard_error(waiting)):
-            if not _is_that(final, manifest):
-                _fetch(url, manifest, final)
+            if not _is_that(final, manifest, files):
+                _fetch(url, manifest, files, final)
     return final
+
+
+def remedy_for_damage(folder: Path) -> str:
+    """Return what to do about a damaged checkpoint; one in the cache can be fetched again."""
+    if cache_folder() in folder.absolute().parents:
+        return f"remove {folder}: it is then fetched again"
+    return "use another checkpoint"
 
 
 def _find(text: str) -> tuple[RemoteRun, str]:
@@ -93,15 +103,18 @@ def _find(text: str) -> tuple[RemoteRun, str]:
     return run, run.find(name)
 
 
-def _is_that(folder: Path, manifest: bytes) -> bool:
+def _is_that(folder: Path, manifest: bytes, files: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Return whether the folder holds the checkpoint, by its manifest and the sizes of its files;
+    whoever reads it compares the hashes."""
     try:
-        return read_file(folder / MANIFEST_FILE) == manifest
+        if read_file(folder / MANIFEST_FILE) != manifest:
+            return False
+        return not any(size_damage(folder / name, each["bytes"]) for name, each in files.items())
     except OSError:
         return False
 
 
-def _fetch(url: str, manifest: bytes, final: Path) -> None:
-    files = _files(url, manifest)
+def _fetch(url: str, manifest: bytes, files: Mapping[str, dict[str, Any]], final: Path) -> None:
     aside = final.with_name(f".{final.name}.partial")
     aside.mkdir(exist_ok=True)
     # What an earlier call has fetched completely is not fetched again.

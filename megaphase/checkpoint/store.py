@@ -23,6 +23,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
+from megaphase.checkpoint.fetch import remedy_for_damage
 from megaphase.checkpoint.names import not_a_checkpoint
 from megaphase.checkpoint.parameters import INDEX_FILE
 from megaphase.checkpoint.state import (
@@ -215,7 +216,7 @@ class CheckpointStore:
             raise not_a_checkpoint(folder, folder)
         problem = self._damage(folder)
         if problem is not None:
-            raise InputError("", problem, "use another checkpoint")
+            raise InputError("", problem, remedy_for_damage(folder))
         return self._verified(folder)
 
     def _verified(self, folder: Path) -> Checkpoint:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from megaphase.checkpoint.fetch import remedy_for_damage
 from megaphase.checkpoint.names import find_checkpoint
 from megaphase.checkpoint.parameters import StoredParameters
 from megaphase.checkpoint.state import AVERAGE, MANIFEST_FILE, STATE_FILE, check_format, read_state
@@ -112,5 +113,5 @@ def verify_checkpoint(folder: Path, *, workers: int, advance: Advance = lambda c
         for name, found in zip(files, pool.map(damage, files), strict=True):
             if found is not None:
                 pool.shutdown(cancel_futures=True)
-                raise InputError(folder / name, found, "use another checkpoint")
+                raise InputError(folder / name, found, remedy_for_damage(folder))
     return len(files)

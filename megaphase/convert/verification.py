@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+from megaphase.checkpoint.fetch import remedy_for_damage
 from megaphase.checkpoint.hashed_reading import HashedReading, most_at_once
 from megaphase.checkpoint.sequential_reader import SequentialReader
 from megaphase.convert.source import Advance, Source, files_in_manifest
@@ -136,7 +137,8 @@ class _Verification:
         found = file.damage(self._count)
         if found is None:
             return None
-        error = InputError(file.source.folder / file.name, found, "use another checkpoint")
+        folder = file.source.folder
+        error = InputError(folder / file.name, found, remedy_for_damage(folder))
         self._damage = self._damage or error
         return error
 

@@ -472,6 +472,38 @@ def test_a_changed_checkpoint_is_fetched_again(
     assert equal(before, run.remote.folder(full_name(6)))
 
 
+def cut_off(shard: Path) -> None:
+    shard.write_bytes(shard.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("harm", [cut_off, Path.unlink])
+def test_a_cached_checkpoint_that_lacks_bytes_is_fetched_again(
+    run: Run, fetched: Callable[[str], Path], harm: Callable[[Path], None]
+) -> None:
+    folder = fetched("joint")
+    harm(folder / SHARD)
+    assert fetched("joint") == folder
+    assert equal(folder, run.remote.folder(full_name(6)))
+
+
+def test_a_cached_checkpoint_that_was_altered_is_named_with_what_to_do(
+    run: Run, fetched: Callable[[str], Path]
+) -> None:
+    folder = fetched("joint")
+    data = (folder / SHARD).read_bytes()
+    (folder / SHARD).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(InputError) as refused:
+        make_store(folder.parent).open(fetched("joint"))
+    remedy = f"remove {folder}: it is then fetched again"
+    assert str(refused.value) == f"{folder / SHARD}: has been altered; {remedy}"
+    shutil.rmtree(folder)
+    assert equal(fetched("joint"), run.remote.folder(full_name(6)))
+    own = run.folder / full_name(8)
+    cut_off(own / SHARD)
+    with pytest.raises(InputError, match=r"; use another checkpoint$"):
+        make_store(run.folder).open(own)
+
+
 @pytest.mark.parametrize("name", ["../x", "/etc/x", "a/b", ".x", ""])
 def test_a_manifest_leads_to_no_other_folder(
     run: Run, fetched: Callable[[str], Path], name: str
