@@ -320,16 +320,19 @@ def next_command(
         too_few_nodes,
         write_restart_history,
     )
-    from megaphase.launch.slurm.status import ended_diverged
+    from megaphase.launch.slurm.status import ended_diverged, has_ended_after
 
-    output = load_run_file(run_file, tuple(overrides or ())).output
+    config = load_run_file(run_file, tuple(overrides or ()))
+    output, end = config.output, config.checkpoint.end_after
     job = os.environ.get("SLURM_JOB_ID", "")
     history = read_restart_history(output, job).after_start(newest_step(output))
     write_restart_history(output, history)
     bad = ",".join(bad_nodes.split())
     if bad and not exclude:
         _end_job(job, f"not started: {bad} did not pass the node check, see above", code)
-    following = decide(history, code, restarts, diverged=ended_diverged(output))
+    end_after = end if code == 0 and has_ended_after(output, end) else None
+    diverged = ended_diverged(output)
+    following = decide(history, code, restarts, diverged=diverged, end_after=end_after)
     if bad and following.again and (reason := too_few_nodes(job, bad)):
         _end_job(job, f"not started, and not requeued: {reason}", code)
     without = f", without {bad}" if bad and following.again else ""

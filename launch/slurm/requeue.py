@@ -49,13 +49,22 @@ class RequeueDecision:
 
 
 def decide(
-    history: RestartHistory, code: int, restarts: int, *, diverged: bool = False
+    history: RestartHistory,
+    code: int,
+    restarts: int,
+    *,
+    diverged: bool = False,
+    end_after: int | None = None,
 ) -> RequeueDecision:
     """Decide after a start that ended with an exit code.
 
     history: includes that start. restarts: number of starts in a row that may make no progress.
-    diverged: whether the run has ended because it diverged.
+    diverged: whether the run has ended because it diverged. end_after: `checkpoint.end_after`, if
+        it has ended the run before all phases are done.
     """
+    if code == 0 and end_after is not None:
+        sentence = f"checkpoint.end_after: {end_after:,} has ended the run; it can be resumed"
+        return RequeueDecision(False, sentence, 0)
     if code == 0:
         return RequeueDecision(False, "all phases are done", 0)
     if code == EXIT_WRONG_INPUT:

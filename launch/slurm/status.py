@@ -17,9 +17,9 @@ from megaphase.plan.origin import read_origin
 from megaphase.plan.run_history import metrics_problem, read_history
 from megaphase.training.resume_point import loss_sentence
 from megaphase.utils.errors import InputError
-from megaphase.utils.files import read_hashed_json
+from megaphase.utils.files import read_hashed_json, read_json
 from megaphase.utils.metrics_rows import last_rows
-from megaphase.utils.run_files import METRICS_FILE, PLAN_FILE
+from megaphase.utils.run_files import METRICS_FILE, PLAN_FILE, RUN_FILE
 from megaphase.utils.slurm import JobRecord, look_up
 
 _RECENT_STEPS = 50
@@ -116,16 +116,21 @@ def read_status(run_dir: Path) -> Status:
         log=job.log if job else None,
         metrics_problem=metrics_problem(run_dir),
         training=training,
-        stopped=_why_stopped(progress) if is_over else None,
+        stopped=_why_stopped(progress, _end_after(run_dir)) if is_over else None,
     )
 
 
-def _why_stopped(progress: _RunProgress) -> str:
-    """Return where and why a run that is not done has stopped."""
+def _why_stopped(progress: _RunProgress, end_after: int | None) -> str:
+    """Return where and why a run that is not done has stopped; end_after: of its last start."""
     if not progress.training and progress.saved_step is None:
         return "not trained yet"
     if progress.ended_diverged:
         return f"at step {progress.step:,} (it diverged)"
+    if progress.has_reached(end_after):
+        return (
+            f"at step {progress.step:,} (checkpoint.end_after: {end_after:,}): without that key, "
+            "the same command resumes from there"
+        )
     if progress.stopped is not None and progress.stopped["step"] >= progress.step:
         why = progress.stopped.get("signal", "a signal")  # earlier versions have not recorded it
     else:
@@ -146,6 +151,20 @@ def ended_diverged(run_dir: Path) -> bool:
     return progress.ended_diverged and last is not None and last["kind"] != "not_finite"
 
 
+def has_ended_after(run_dir: Path, end_after: int | None) -> bool:
+    """Return whether `checkpoint.end_after` has ended a run before all its phases were done."""
+    return _progress(run_dir, _planned_steps(run_dir) or {}).has_reached(end_after)
+
+
+def _end_after(run_dir: Path) -> int | None:
+    """Return `checkpoint.end_after` of a run's last start."""
+    try:
+        end = read_json(run_dir / RUN_FILE)["checkpoint"]["end_after"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return end if type(end) is int else None
+
+
 @dataclass(frozen=True)
 class _RunProgress:
     """The progress according to the metrics; see Status.
@@ -164,6 +183,12 @@ class _RunProgress:
     stopped: dict[str, Any] | None
     before: int
     saved_step: int | None
+
+    def has_reached(self, end_after: int | None) -> bool:
+        """Whether the run has saved after this step, and is not done."""
+        if end_after is None or self.saved_step is None or self.done:
+            return False
+        return self.saved_step >= end_after
 
     @property
     def ended_diverged(self) -> bool:

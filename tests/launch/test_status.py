@@ -21,7 +21,7 @@ import pytest
 from megaphase.cli import main
 from megaphase.launch.slurm import activity
 from megaphase.launch.slurm.job_file import remember_job
-from megaphase.launch.slurm.status import ended_diverged
+from megaphase.launch.slurm.status import ended_diverged, has_ended_after
 
 PHASES = {"pretrain": 60, "joint": 40}
 UNKNOWN_JOB = ("slurm_load_jobs error: Invalid job id specified", 1)
@@ -205,6 +205,41 @@ def test_a_run_that_nobody_trains(
         lines = shown(run_dir)
     assert "remaining" in lines
     assert "stopped" not in lines
+
+
+@pytest.mark.parametrize(
+    ("end", "stopped"),
+    [
+        (
+            70,
+            "at step 70 (checkpoint.end_after: 70): without that key, the same command resumes "
+            "from there",
+        ),
+        (  # a later start with another value was killed
+            80,
+            "at step 70 (killed, or failed): no step is lost; the same command resumes from "
+            "step-00000070",
+        ),
+    ],
+)
+def test_a_run_that_end_after_has_ended(run_dir: Path, end: int, stopped: str) -> None:
+    save(run_dir, 70)
+    (run_dir / "run.json").write_text(json.dumps({"checkpoint": {"end_after": end}}))
+    assert as_json(run_dir)["stopped"] == shown(run_dir)["stopped"] == stopped
+    assert has_ended_after(run_dir, end) == (end == 70)
+    assert not has_ended_after(run_dir, None)
+
+
+def test_a_run_that_is_done_was_not_ended_by_end_after(tmp_path: Path) -> None:
+    rows = [*rows_until(90), event(90, "phase_end", phase="joint")]
+    run_dir = write_run(tmp_path / "run", rows)
+    save(run_dir, 90)
+    state = run_dir / "checkpoints" / "step-00000090" / "state.json"
+    pretrain, joint = HISTORY["phases"]
+    ended = {"phases": [pretrain, joint | {"ended_after": 90, "reason": "length"}]}
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"history": HISTORY | ended}))
+    assert as_json(run_dir)["done"]
+    assert not has_ended_after(run_dir, 90)
 
 
 def test_a_lock_of_another_node_may_not_be_seen(run_dir: Path, monkeypatch) -> None:

@@ -57,6 +57,12 @@ def test_what_is_done_or_wrong_is_not_queued_again() -> None:
     assert wrong.sentence == "the input is wrong, see above; not requeued"
 
 
+def test_a_run_that_end_after_has_ended_is_not_done() -> None:
+    ended = decide(RestartHistory("7", step=4_000), 0, 3, end_after=4_000)
+    assert (ended.again, ended.exit_code) == (False, 0)
+    assert ended.sentence == "checkpoint.end_after: 4,000 has ended the run; it can be resumed"
+
+
 def test_a_run_that_has_diverged_is_not_queued_again() -> None:
     chain = RestartHistory("7", step=4)
     diverged = decide(chain, 1, 3, diverged=True)
