@@ -251,6 +251,12 @@ def from_hf_command(
     print(taken.model_section, end="")
     if taken.shape.position == "rotary":
         print("\nIts positions are rotary, so seq_len may be another one.")
+    if taken.left_out:
+        line = (
+            f"Left out of the tokenizer, since the model has {taken.shape.vocab:,} rows and none "
+            f"for them: {', '.join(taken.left_out)}. No text encodes to them."
+        )
+        console.print(line, soft_wrap=True, markup=False)
     if taken.tokenizer is None:
         line = (
             f"Converted without a tokenizer: {taken.why_no_tokenizer}. Give the run file one with "

@@ -189,11 +189,19 @@ def _from_hugging_face(folder: Path, tokenizer: Tokenizer, where: str) -> BaseMo
     base = f"{folder.name or 'model'}-base"
     convert = f"megaphase convert from-hf {shlex.quote(str(folder))} --out {shlex.quote(base)}"
     try:
-        own: str | None = Tokenizer.load(folder).fingerprint
+        own: Tokenizer | None = Tokenizer.load(folder)
     except InputError:  # it has none that can be compared
         own = None
-    if own is not None and own != tokenizer.fingerprint:
-        if tokenizer.vocab_size > Tokenizer.load(folder).vocab_size:
+    if own is not None and own.vocab_size > shape.vocab:
+        own_copy = shlex.quote(f"{base}/{TOKENIZER_FOLDER}")
+        raise InputError(
+            where,
+            f"its tokenizer has {own.vocab_size:,} tokens, the model {shape.vocab:,} rows",
+            f"run `{convert}`, tokenize the corpora with {own_copy}, which has those of the model, "
+            f"and give --checkpoint {shlex.quote(base)}",
+        )
+    if own is not None and own.fingerprint != tokenizer.fingerprint:
+        if tokenizer.vocab_size > own.vocab_size:
             raise _not_extended(where, convert, base, tokenizer)
         raise _other_tokenizer(where, str(folder))
     if tokenizer.vocab_size > shape.vocab:

@@ -99,7 +99,8 @@ def _shape(config: RunConfig, asked: ModelConfig, tokenizer_vocab: int, **more: 
             config,
             "vocab",
             f"{vocab:,} is smaller than the tokenizer's {tokenizer_vocab:,}",
-            "leave it out or raise it",
+            "leave it out or raise it; with a published model, give the tokenizer that `convert "
+            "from-hf` wrote",
         )
     return GPTShape(vocab=vocab, **sizes | more)
 

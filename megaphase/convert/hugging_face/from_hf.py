@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +32,14 @@ class Taken:
         model_section: the run file's section for the model, YAML.
         tokenizer: its absolute path; None if there is none that Megaphase can use.
         why_no_tokenizer: a sentence.
+        left_out: tokens of the published tokenizer for which the model has no rows.
     """
 
     shape: GPTShape
     model_section: str
     tokenizer: Path | None
     why_no_tokenizer: str = ""
+    left_out: Sequence[str] = ()
 
 
 def from_hf(
@@ -65,8 +69,10 @@ def from_hf(
                 "path": str(real_path(directory)),
             }
             problem, fingerprint = "none was asked for", None
+            left_out: list[str] = []
             if not no_tokenizer:
-                problem = _take_tokenizer(directory, folder / TOKENIZER_FOLDER)
+                copy = folder / TOKENIZER_FOLDER
+                problem, left_out = _take_tokenizer(directory, copy, shape.vocab)
             if not problem:
                 fingerprint = Tokenizer.load(folder / TOKENIZER_FOLDER).fingerprint
             write_foreign(
@@ -80,17 +86,19 @@ def from_hf(
             )
             section = write_model_section(folder, shape)
     tokenizer = None if problem else real_path(out) / TOKENIZER_FOLDER
-    return Taken(shape, section, tokenizer, problem)
+    return Taken(shape, section, tokenizer, problem, left_out)
 
 
-def _take_tokenizer(directory: Path, folder: Path) -> str:
-    """Return why the tokenizer cannot be used; empty if it was copied into the folder."""
+def _take_tokenizer(directory: Path, folder: Path, rows: int) -> tuple[str, list[str]]:
+    """Return why the tokenizer cannot be used, and if it was copied into the folder, an empty text
+    and the tokens that were left out, beyond the model's rows."""
     folder.mkdir()
     try:
-        if take_tokenizer(directory, folder):
-            return ""
+        left_out = take_tokenizer(directory, folder, rows)
+        if left_out is not None:
+            return "", left_out
         problem = f"{directory} has neither a sentencepiece model nor a tokenizer.json"
     except InputError as error:
         problem = str(error)
-    folder.rmdir()
-    return problem
+    shutil.rmtree(folder)
+    return problem, []

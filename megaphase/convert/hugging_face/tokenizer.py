@@ -18,6 +18,7 @@ from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
 from megaphase.chats.template import ChatTemplate
+from megaphase.convert.hugging_face.smaller_tokenizer import leave_out, tokens_beyond
 from megaphase.convert.hugging_face.tokenizer_json import tokenizer_json
 from megaphase.tokenizer import (
     MODEL_NAME,
@@ -87,27 +88,32 @@ def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -
         shutil.copyfile(path / RECORD_NAME, folder / RECORD_NAME)
 
 
-def take_tokenizer(source: Path, folder: Path) -> bool:
+def take_tokenizer(source: Path, folder: Path, rows: int | None = None) -> list[str] | None:
     """Copy the tokenizer of a Hugging Face model directory, for a run file's `tokenizer: folder`.
 
     Args:
         source: the model's directory.
         folder: an existing directory.
+        rows: of the model's embedding; tokens beyond them that no text encodes to are left out.
 
-    Returns whether `source` has a sentencepiece model or a `tokenizer.json`; if not, nothing is
-    copied.
+    Returns the tokens that were left out. Returns None if `source` has neither a sentencepiece
+    model nor a `tokenizer.json`; then nothing is copied.
 
-    Raises InputError if Megaphase cannot use it, see `Tokenizer.load`.
+    Raises InputError if Megaphase cannot use it, see `Tokenizer.load`, or the model has no rows for
+    tokens that it needs.
     """
     names = (*HUGGING_FACE_MODEL_NAMES, TOKENIZER_JSON_NAME)
     if not any((source / name).is_file() for name in names):
-        return False
+        return None
     tokenizer = Tokenizer.load(source)
+    beyond = [] if rows is None else tokens_beyond(tokenizer, rows)
     copy_tokenizer(source, folder)
     if "eos" not in HuggingFaceFiles(folder).roles():
         # The model's configuration names it, which is not copied.
         atomic_write_json(folder / "generation_config.json", {"eos_token_id": tokenizer.eod})
-    return True
+    if rows is not None and tokenizer.vocab_size > rows:
+        leave_out(beyond, folder, rows)
+    return beyond
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:

@@ -368,7 +368,7 @@ def test_a_tokenizer_is_taken(make: Callable[[Path], Path], tmp_path: Path) -> N
     (source / "chat_template.jinja").write_text("{{ messages }}")
     folder = tmp_path / "taken"
     folder.mkdir()
-    assert take_tokenizer(source, folder)
+    assert take_tokenizer(source, folder) == []
     names = files_of(folder)
     assert "chat_template.jinja" in names
     assert "tokenizer_config.json" in names
@@ -377,7 +377,7 @@ def test_a_tokenizer_is_taken(make: Callable[[Path], Path], tmp_path: Path) -> N
 
 
 def test_what_was_written_is_taken_back(pair: Pair, tmp_path: Path) -> None:
-    assert take_tokenizer(pair.folder, tmp_path)
+    assert take_tokenizer(pair.folder, tmp_path) == []
     assert Tokenizer.load(tmp_path).record == pair.native.record
 
 
@@ -385,7 +385,7 @@ def test_where_there_is_no_tokenizer_nothing_is_taken(tmp_path: Path) -> None:
     source, folder = tmp_path / "source", tmp_path / "taken"
     source.mkdir()
     folder.mkdir()
-    assert not take_tokenizer(source, folder)
+    assert take_tokenizer(source, folder) is None
     write_json(source / "tokenizer.json", {})
     write_json(source / "tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer"})
     with pytest.raises(InputError, match=r"tokenizer\.json: is not a tokenizer; copy"):
