@@ -29,8 +29,18 @@ _TASK = "of models that classify"
 HARMLESS: Mapping[str, str] = {
     **dict.fromkeys(("architectures", "_name_or_path", "name_or_path", "_commit_hash"), _NAME),
     "transformers_version": "the version that wrote the file",
-    "_attn_implementation_autoset": "which kernel computes attention",
-    "_attn_implementation": "which kernel computes attention",
+    **dict.fromkeys(
+        (
+            "_attn_implementation",
+            "_attn_implementation_autoset",
+            "attn_implementation",
+            "_flash_attn_2_enabled",
+        ),
+        "which kernel computes attention",
+    ),
+    **dict.fromkeys(("unsloth_fixed", "unsloth_version"), "of the program that uploaded it"),
+    "transformers.js_config": "of another program",
+    "custom_pipelines": "of programs that generate text",
     **dict.fromkeys(("torch_dtype", "dtype", "use_bfloat16"), _DTYPE),
     "initializer_range": "of initial weights",
     "attention_dropout": _DROPOUT,
@@ -54,6 +64,8 @@ HARMLESS: Mapping[str, str] = {
             "return_dict",
             "return_dict_in_generate",
             "output_scores",
+            "output_past",
+            "keys_to_ignore_at_inference",
             "torchscript",
         ),
         _OUTPUT,
@@ -91,7 +103,8 @@ HARMLESS: Mapping[str, str] = {
         _GENERATION,
     ),
     **dict.fromkeys(
-        ("id2label", "label2id", "num_labels", "problem_type", "finetuning_task"), _TASK
+        ("id2label", "label2id", "num_labels", "_num_labels", "problem_type", "finetuning_task"),
+        _TASK,
     ),
     "gradient_checkpointing": "recomputation in training; the run file has its own",
     "pretraining_tp": "in how many parts transformers computed a product",
@@ -189,18 +202,20 @@ class ConfigFile:
         harmless: those of this architecture, and why.
 
         Raises:
-            InputError: names the first key.
+            InputError: names them.
         """
         for key, allowed in _FIXED.items():
             if key not in self._understood:
                 self.refuse_if(key, self.get(key) not in allowed)
-        for key in self._values:
-            if key not in self._understood and key not in HARMLESS and key not in harmless:
-                raise self.refusal(
-                    key,
-                    "is not a key that megaphase knows in such models",
-                    "remove it if the logits do not depend on it, or use another model",
-                )
+        known = self._understood | HARMLESS.keys() | harmless.keys()
+        if unknown := [key for key in self._values if key not in known]:
+            many = len(unknown) > 1
+            raise self.refusal(
+                ", ".join(unknown),
+                f"{'are not keys' if many else 'is not a key'} that megaphase knows in such models",
+                f"remove {'them' if many else 'it'} if the logits do not depend on "
+                f"{'them' if many else 'it'}, or use another model",
+            )
 
     def refusal(self, key: str, problem: str, remedy: str = _REMEDY) -> InputError:
         return InputError(f"{self._path}: {key}", problem, remedy)

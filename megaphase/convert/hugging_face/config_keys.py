@@ -114,10 +114,12 @@ class Fixed:
 
     Attributes:
         default: the value in transformers without the key.
+        written: whether the key is; not one of published files that transformers does not have.
     """
 
     allowed: tuple[Any, ...]
     default: Any
+    written: bool = True
     fields: tuple[str, ...] = ()
 
     def read(self, name: str, config: ConfigFile) -> dict[str, Any]:
@@ -132,7 +134,12 @@ class Fixed:
         return {}
 
     def write(self, name: str, shape: GPTShape) -> dict[str, Any]:
-        return {name: self.allowed[0]}
+        return {name: self.allowed[0]} if self.written else {}
+
+
+def unread(value: Any) -> Fixed:
+    """A key of published files that transformers does not read; it must say what the model is."""
+    return Fixed((value,), value, written=False)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from megaphase.convert.hugging_face.config_keys import (
     Option,
     QueryScalar,
     Window,
+    unread,
 )
 from megaphase.convert.hugging_face.family import Family
 from megaphase.convert.hugging_face.gpt_families import GPT2, GPT_NEOX
@@ -92,6 +93,11 @@ LLAMA = Family(
         **_LLAMA_KEYS,
         "attention_bias": Option("bias", "flag", False),
         "mlp_bias": Option("ffn_bias", "flag", False),
+        "rope_interleaved": unread(False),
+    },
+    harmless={
+        "is_llama_config": "of the program that trained it",
+        "max_sequence_length": "not read by transformers in such models",
     },
     written=_NO_DROPOUT,
     heads_divide=True,
@@ -128,6 +134,7 @@ _QWEN_KEYS: dict[str, Key] = {
     "max_position_embeddings": Option("seq_len", default=32_768),
     "num_key_value_heads": Option("kv_heads", default=_kv_heads(32)),
     "sliding_window": Window(_above_max_window_layers, switched=True),
+    "use_mrope": unread(False),
 }
 QWEN2 = Family(
     title="Qwen 2",
@@ -168,6 +175,7 @@ OLMO2 = Family(
         **_LLAMA_KEYS,
         "rms_norm_eps": Option("norm_eps", "number", 1e-5),
         "attention_bias": Fixed((False,), False),
+        "clip_qkv": unread(None),
     },
     written=_NO_DROPOUT,
     prefix="model.",
@@ -247,7 +255,11 @@ APERTUS = Family(
             },
         ),
         "attention_bias": Option("bias", "flag", False),
+        "mlp_bias": unread(False),
+        "post_norm": unread(False),
+        "qk_norm": unread(True),
     },
+    harmless={"hidden_dropout": "dropout of training; the run file has its own"},
     written=_NO_DROPOUT,
     prefix="model.",
     blocks="layers",
@@ -296,7 +308,9 @@ GEMMA2 = Family(
         "final_logit_softcapping": NumberOrNone("logit_softcap", 30.0),
         "sliding_window": Window(lambda _, layer: layer % 2 == 0),
     },
-    harmless={"hidden_act": "not read by transformers in such models"},
+    harmless=dict.fromkeys(
+        ("hidden_act", "sliding_window_size"), "not read by transformers in such models"
+    ),
     written=_NO_DROPOUT,
     heads_divide=True,
     prefix="model.",

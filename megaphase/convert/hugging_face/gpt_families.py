@@ -33,7 +33,10 @@ GPT_NEOX = Family(
         ),
     },
     harmless={
-        "hidden_dropout": "dropout of training; the run file has its own",
+        **dict.fromkeys(
+            ("hidden_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob"),
+            "dropout of training; the run file has its own",
+        ),
         "classifier_dropout": "of models that classify",
     },
     written={"attention_dropout": 0.0, "hidden_dropout": 0.0},
@@ -86,6 +89,9 @@ GPT2 = Family(
             "of models that classify",
         ),
         "n_ctx": "n_positions in older files",
+        **dict.fromkeys(
+            ("n_special", "predict_special_tokens"), "of older versions; transformers reads neither"
+        ),
         "reorder_and_upcast_attn": "in which precision attention is computed",
     },
     written={"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
