@@ -51,7 +51,7 @@ from megaphase.tokenizer import (
     TokenizerRecord,
 )
 from megaphase.tokenizer.hugging_face_files import HuggingFaceFiles
-from megaphase.tokenizer.sentencepiece_files import model_file
+from megaphase.tokenizer.sentencepiece_files import read_proto
 from megaphase.tokenizer.tokenizers_files import BYTE_LEVEL, read_tokenizer_json
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import atomic_write_json, directory_written_aside, hash_file
@@ -179,8 +179,7 @@ class _Extension:
         """Write the tokenizer's files and return its record, without languages."""
         if self.base.record.library == "tokenizers":
             return self._write_json(directory, sentences)
-        model = ModelProto.FromString(model_file(self.base.path).read_bytes())
-        self._check_end(model)
+        model = read_proto(self.base.path)
         if self.base.record.algorithm == "unigram":
             pieces = self._unigram(model, sentences)
         else:
@@ -202,13 +201,6 @@ class _Extension:
                 "extends": Extends(tokenizer_hash=base.fingerprint, vocab_size=base.vocab_size),
             }
         )
-
-    def _check_end(self, model: ModelProto) -> None:
-        """Raise InputError if text could become the token that ends a document."""
-        eod = self.base.eod
-        if eod < len(model.pieces) and model.pieces[eod].type != _Kind.CONTROL:
-            problem = f"its end of document, {self.base.piece(eod)}, is a piece that text becomes"
-            raise InputError(self.base.path, problem, "make it a control symbol of the model")
 
     def _write_json(self, directory: Path, sentences: Iterable[str]) -> TokenizerRecord:
         encoder = read_tokenizer_json(self.base.path)[0].encoder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ from megaphase.utils.files import read_json
 
 # Classes of transformers that begin every text with BOS unless `add_bos_token` is false.
 _CLASSES_WITH_BOS = {"LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer"}
+# Tokens that models are published with for users to give a meaning, marked as special or not.
+RESERVED = re.compile(
+    r"<unused_?\d+>|<\|?reserved_[a-z_]*\d+\|?>|<\|extra_\d+\|>|<SPECIAL_\d+>|<\|unused_?\d+\|>"
+)
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 

@@ -6,18 +6,21 @@
 | a sentencepiece model, as `a.model` | the model's EOS                   | other control symbols |
 | a Hugging Face directory with one   | its `eos_token`, or the model's   | these and added tokens |
 
-The ids are always the model's own. A tag's name is its text without < and >.
+The ids are always the model's own. A tag's name is its text without < and >. Models such as Gemma's
+have control tokens among the symbols that text may encode to; those that a Hugging Face directory
+marks as special, that have a role in it, or that are reserved, become control symbols here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 from sentencepiece import SentencePieceProcessor
 
-from megaphase.tokenizer.hugging_face_files import HuggingFaceFiles, tag_name
+from megaphase.tokenizer.hugging_face_files import RESERVED, HuggingFaceFiles, tag_name
 from megaphase.tokenizer.record import (
     MODEL_NAME,
     RECORD_NAME,
@@ -105,6 +108,7 @@ def read_hugging_face(
     if difference := _difference(files, processor):
         remedy = f"give {model} to use the model without its class"
         raise InputError(directory, difference, remedy)
+    processor, made_control = _with_control_symbols(processor, files)
     eod = _id_of(files.special_token("eos_token"), files.added_tokens, processor)
     if eod is None:
         eod = processor.eos_id()
@@ -117,8 +121,46 @@ def read_hugging_face(
     )
     known = [token for token in (bos, *others) if token is not None]
     return processor, _record(
-        model, processor, eod, bos, files.added_tokens, known, files.adds_bos()
+        model, processor, eod, bos, files.added_tokens, known, files.adds_bos(), made_control
     )
+
+
+def read_proto(path: Path) -> Any:
+    """Return the ModelProto with which `Tokenizer.load(path)` encodes, of a path that it reads with
+    sentencepiece."""
+    processor = _load_model(model_file(path))
+    if path.is_dir() and not (path / RECORD_NAME).exists():
+        processor, _ = _with_control_symbols(processor, HuggingFaceFiles(path))
+    return _proto_of(processor)
+
+
+def _proto_of(processor: SentencePieceProcessor) -> Any:
+    # Imported here because Megaphase's own tokenizers do not need it.
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+
+    return ModelProto.FromString(processor.serialized_model_proto())
+
+
+def _with_control_symbols(
+    processor: SentencePieceProcessor, files: HuggingFaceFiles
+) -> tuple[SentencePieceProcessor, list[int]]:
+    """Return the model with control symbols in place of the pieces that are control tokens by the
+    directory's files, and the ids of these pieces."""
+    special = {*files.special, *files.roles().values()}
+    pieces = map(processor.id_to_piece, range(processor.get_piece_size()))
+    found = [
+        token
+        for token, text in enumerate(pieces)
+        if (text in special or RESERVED.fullmatch(text))
+        and not (processor.is_control(token) or processor.is_unknown(token))
+        and not (processor.is_byte(token) or processor.is_unused(token))
+    ]
+    if not found:
+        return processor, []
+    model = _proto_of(processor)
+    for token in found:
+        model.pieces[token].type = model.SentencePiece.CONTROL
+    return SentencePieceProcessor(model_proto=model.SerializeToString()), found
 
 
 def _difference(files: HuggingFaceFiles, processor: SentencePieceProcessor) -> str | None:
@@ -153,6 +195,7 @@ def _record(
     added_tokens: dict[str, int],
     special: Sequence[int],
     adds_bos: bool = False,
+    made_control: Sequence[int] = (),
 ) -> TokenizerRecord:
     pieces = processor.get_piece_size()
     if bos is None and processor.bos_id() >= 0:
@@ -163,8 +206,13 @@ def _record(
     roles.add(processor.pad_id())
     algorithm, normalization = _properties(processor)
     tokenizer_hash = hash_file(model)
-    if beyond or eod != processor.eos_id():
-        tokenizer_hash = hash_json({"model": tokenizer_hash, "eod": eod, "added": beyond})
+    if beyond or made_control or eod != processor.eos_id():
+        determines = {"model": tokenizer_hash, "eod": eod, "added": beyond}
+        if made_control:
+            determines["control"] = list(made_control)
+        tokenizer_hash = hash_json(determines)
+    free = {i: text for text, i in (control | beyond).items() if i not in roles}
+    reserved = {i for i in made_control if i in free and RESERVED.fullmatch(free[i])}
     return TokenizerRecord(
         library_version=sentencepiece.__version__,
         algorithm=algorithm,
@@ -173,8 +221,8 @@ def _record(
         eod=eod,
         bos=bos,
         adds_bos=adds_bos and bos is not None,
-        tags={tag_name(text): i for text, i in (control | beyond).items() if i not in roles},
-        reserved_tags=[],
+        tags={tag_name(text): i for i, text in free.items() if i not in reserved},
+        reserved_tags=sorted(reserved),
         tokenizer_hash=tokenizer_hash,
         languages={},
     )
@@ -182,10 +230,7 @@ def _record(
 
 def _properties(processor: SentencePieceProcessor) -> tuple[str, list[str]]:
     """Return the model's algorithm and what it does to a text before it encodes it."""
-    # Imported here because Megaphase's own tokenizers do not need it.
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
-
-    model = ModelProto.FromString(processor.serialized_model_proto())
+    model = _proto_of(processor)
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     steps = []
     if normalizer.precompiled_charsmap:

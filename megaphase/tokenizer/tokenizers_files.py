@@ -16,6 +16,7 @@ from typing import Any
 import tokenizers
 
 from megaphase.tokenizer.hugging_face_files import (
+    RESERVED,
     HuggingFaceFiles,
     processors,
     steps_of,
@@ -32,10 +33,6 @@ from megaphase.tokenizer.spelling import BYTE_OF
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import hash_json
 
-# Tokens that models are published with for users to give a meaning, marked as special or not.
-_RESERVED = re.compile(
-    r"<unused_?\d+>|<\|?reserved_[a-z_]*\d+\|?>|<\|extra_\d+\|>|<SPECIAL_\d+>|<\|unused_?\d+\|>"
-)
 # Tokens that end a turn of a dialogue: chat models name them as eos_token.
 _TURN_ENDS = frozenset(
     ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<end_of_turn>", "<|assistant_end|>", "<|end|>")
@@ -123,7 +120,7 @@ class _TokenizerJson:
         self.control = {
             text: token
             for text, token in files.added_tokens.items()
-            if text != self.unknown and (text in special or _RESERVED.fullmatch(text))
+            if text != self.unknown and (text in special or RESERVED.fullmatch(text))
         }
         # Some files name a token of the vocabulary as EOS or BOS without adding it.
         for text in self.roles.values():
@@ -285,7 +282,7 @@ class _TokenizerJson:
     ) -> TokenizerRecord:
         roles = {eod, *(self.control.get(text) for text in self.roles.values())}
         free = sorted((i, text) for text, i in self.control.items() if i not in roles)
-        reserved = [i for i, text in free if _RESERVED.fullmatch(text)]
+        reserved = [i for i, text in free if RESERVED.fullmatch(text)]
         determines = {key: parts[key] for key in ("added_tokens", "normalizer", "pre_tokenizer")}
         hashed = {
             "library": "tokenizers", "eod": eod, "control": self.control, "model": parts["model"],

@@ -384,14 +384,14 @@ def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
     assert not new.exists()
 
 
-def test_an_end_of_document_that_text_becomes_is_refused(tmp_path: Path) -> None:
+def test_no_text_becomes_an_end_of_document_that_is_a_users_symbol(tmp_path: Path) -> None:
     model = train_model(tmp_path / "hf" / "tokenizer.model", vocab_size=520, model_type="bpe",
-                        byte_fallback=True, user_defined_symbols=["<|im_end|>"])  # fmt: skip
-    (tmp_path / "hf" / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
-    with pytest.raises(
-        InputError, match=r"its end of document, <\|im_end\|>, is a piece that text"
-    ):
-        extend(model.parent, tmp_path)
+                        byte_fallback=True, user_defined_symbols=["<end>"])  # fmt: skip
+    (tmp_path / "hf" / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
+    base, new = Tokenizer.load(model.parent), Tokenizer.load(extend(model.parent, tmp_path))
+    assert base.eod == new.eod == 3  # after <unk>, <s> and </s>
+    assert new.encode("a<end>b") == base.encode("a<end>b")
+    assert new.eod not in new.encode("a<end>b")
 
 
 def test_a_piece_that_old_merges_do_not_make_is_not_made_by_new_ones(tmp_path: Path) -> None:

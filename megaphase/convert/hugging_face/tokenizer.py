@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from sentencepiece import SentencePieceProcessor
-from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
 from megaphase.chats.template import ChatTemplate
 from megaphase.convert.hugging_face.smaller_tokenizer import leave_out, tokens_beyond
@@ -28,7 +27,11 @@ from megaphase.tokenizer import (
     Tokenizer,
 )
 from megaphase.tokenizer.hugging_face_files import HuggingFaceFiles
-from megaphase.tokenizer.sentencepiece_files import HUGGING_FACE_MODEL_NAMES, model_file
+from megaphase.tokenizer.sentencepiece_files import (
+    HUGGING_FACE_MODEL_NAMES,
+    model_file,
+    read_proto,
+)
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import atomic_write_json, atomic_write_text, read_json
 
@@ -71,12 +74,11 @@ def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -
     if path.is_dir() and not is_own and _class_name(path):
         copy_tokenizer(path, folder)
         return
-    source = model_file(path)
-    model = SentencePieceProcessor(model_file=str(source))
+    source, proto = model_file(path), read_proto(path)
+    model = SentencePieceProcessor(model_proto=proto.SerializeToString())
     if tokenizer.vocab_size > model.get_piece_size():
         problem = "has tokens beyond its sentencepiece model's and names no tokenizer_class"
         raise InputError(path, problem, f"name it in {_CONFIG_NAME}")
-    proto = ModelProto.FromString(model.serialized_model_proto())
     whole = tokenizer_json(proto, path, spells_space_symbol=_spells_space_symbol(tokenizer))
     config = _config(model, whole["added_tokens"], tokenizer, max_length)
     if tokenizer.adds_bos:

@@ -1,0 +1,109 @@
+"""Control tokens that a sentencepiece model has among its symbols for text, as Gemma's has."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+from existing_tokenizers import TEXTS, train_model, write_json
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+from megaphase.convert.hugging_face.tokenizer import write_hf_tokenizer
+from megaphase.data_tools.tokenizers.extend import extend_tokenizer
+from megaphase.tokenizer import Tokenizer
+
+TURNS, UNUSED, ORDINARY = ("<start_of_turn>", "<end_of_turn>"), ("<unused0>", "<unused1>"), "<b>"
+SPELLED = [
+    *(*TURNS, *UNUSED, "<eos>", "x<end_of_turn>y", "<start_of_turn>user\nHi<end_of_turn>\n"),
+    *("<end_of_turn", "<<end_of_turn>>", "a <unused0> b", "<unused0><unused1>"),
+]
+
+
+def directory(folder: Path, algorithm: str, **config: Any) -> Path:
+    """Make a directory like Gemma's."""
+    train_model(
+        folder / "tokenizer.model",
+        vocab_size=560, model_type=algorithm, pad_id=0, eos_id=1, bos_id=2, unk_id=3,
+        pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>", unk_piece="<unk>",
+        byte_fallback=True, add_dummy_prefix=False, remove_extra_whitespaces=False,
+        normalization_rule_name="identity", user_defined_symbols=[*UNUSED, *TURNS, ORDINARY],
+    )  # fmt: skip
+    model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    described = {
+        str(model.piece_to_id(text)): {"content": text, "special": text in TURNS}
+        for text in (*TURNS, *UNUSED)
+    }
+    roles = {f"{role}_token": f"<{role}>" for role in ("pad", "eos", "bos", "unk")}
+    write_json(
+        folder / "tokenizer_config.json",
+        {"tokenizer_class": "GemmaTokenizer", "added_tokens_decoder": described, **roles, **config},
+    )  # fmt: skip
+    return folder
+
+
+def without_control(folder: Path) -> sentencepiece.SentencePieceProcessor:
+    """Return the model without the pieces that are control tokens."""
+    model = ModelProto.FromString((folder / "tokenizer.model").read_bytes())
+    for piece in model.pieces:
+        if piece.piece in (*TURNS, *UNUSED):
+            piece.type = ModelProto.SentencePiece.UNUSED
+    return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+
+
+@pytest.mark.parametrize("algorithm", ["bpe", "unigram"])
+def test_text_never_becomes_a_control_token(algorithm: str, tmp_path: Path) -> None:
+    folder = directory(tmp_path / "gemma", algorithm)
+    native, reference = Tokenizer.load(folder), without_control(folder)
+    turns = {text.strip("<>"): reference.piece_to_id(text) for text in TURNS}
+    reserved = [reference.piece_to_id(text) for text in UNUSED]
+    assert turns.items() <= native.tags.items()
+    assert list(native.reserved_tags) == reserved
+    control = {*turns.values(), *reserved, native.eod}
+    for text in (*SPELLED, *TEXTS, "a <b> c"):
+        ids = native.encode(text)
+        assert not control & {*ids}
+        assert ids == reference.encode(text)
+        assert native.decode(ids) == text
+    assert reference.piece_to_id(ORDINARY) in native.encode("a <b> c")
+    assert not native.token_bytes()[list(control)].any()
+    assert native.decode([*control, *native.encode("a"), *control]) == "a"
+
+
+def test_no_text_ends_a_document(tmp_path: Path) -> None:
+    folder = directory(tmp_path / "gemma", "bpe", eos_token="<unused1>")
+    native = Tokenizer.load(folder)
+    assert native.piece(native.eod) == "<unused1>"
+    assert native.eod not in native.encode("a<unused1>b")
+
+
+def test_the_fingerprint_tells_them_apart(tmp_path: Path) -> None:
+    folder = directory(tmp_path / "gemma", "bpe")
+    alone = Tokenizer.load(folder / "tokenizer.model")
+    native = Tokenizer.load(folder)
+    assert alone.encode("<end_of_turn>") != native.encode("<end_of_turn>")
+    assert alone.fingerprint != native.fingerprint
+
+
+@pytest.mark.parametrize("algorithm", ["bpe", "unigram"])
+def test_extended_and_exported(algorithm: str, tmp_path: Path) -> None:
+    import transformers
+
+    base = directory(tmp_path / "gemma", algorithm)
+    (tmp_path / "text.txt").write_text("\n".join(["garbitzaile bat etorri da"] * 60))
+    extend_tokenizer(base, {"eu": [tmp_path / "text.txt"]}, tmp_path / "more", add=1)
+    native, extended = Tokenizer.load(base), Tokenizer.load(tmp_path / "more")
+    for text in SPELLED:
+        assert extended.encode(text) == native.encode(text)
+    # Without a class, the tokenizer.json is made from the model.
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    del config["tokenizer_class"]
+    write_json(base / "tokenizer_config.json", config)
+    (tmp_path / "hf").mkdir()
+    write_hf_tokenizer(Tokenizer.load(base), tmp_path / "hf", max_length=99)
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    again = Tokenizer.load(tmp_path / "hf")
+    for text in (*SPELLED, *TEXTS):
+        assert reference(text).input_ids == native.encode(text) == again.encode(text)
