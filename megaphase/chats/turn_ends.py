@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megaphase.chats.encoder import ChatEncoder
 from megaphase.tokenizer import Tokenizer
-from megaphase.tokenizer.hugging_face_files import HuggingFaceFiles
+from megaphase.tokenizer.hugging_face_files import HuggingFaceFiles, tag_name
 
 
 def turn_ends(tokenizer: Tokenizer) -> frozenset[int]:
@@ -17,7 +17,8 @@ def turn_ends(tokenizer: Tokenizer) -> frozenset[int]:
         return frozenset()
     chats = ChatEncoder.find(tokenizer)
     files = HuggingFaceFiles(tokenizer.path)
-    text = files.special_token("eos_token")
-    named = (files.pieces | files.added_tokens).get(text) if text is not None else None
+    named, text = None, files.special_token("eos_token")
+    if text is not None:  # without a tokenizer.json, it is a tag
+        named = (files.pieces | files.added_tokens).get(text, tokenizer.tags.get(tag_name(text)))
     found = {named, None if chats is None else chats.turn_end}
     return frozenset(token for token in found if token not in (None, tokenizer.eod))

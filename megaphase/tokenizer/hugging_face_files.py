@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,11 @@ _CLASSES_WITH_BOS = {"LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "
 RESERVED = re.compile(
     r"<unused_?\d+>|<\|?reserved_[a-z_]*\d+\|?>|<\|extra_\d+\|>|<SPECIAL_\d+>|<\|unused_?\d+\|>"
 )
+# Tokens that end a turn of a dialogue: chat models name them as eos_token.
+_TURN_ENDS = frozenset(
+    ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<end_of_turn>", "<|assistant_end|>", "<|end|>")
+)
+_DOCUMENT_ENDS = ("<|end_of_text|>", "<|endoftext|>", "<eos>", "</s>")
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
@@ -72,6 +77,14 @@ class HuggingFaceFiles:
         """Return the text of every special token that has a role, by its role, such as `bos`."""
         named = {role: self.special_token(f"{role}_token") for role in ROLES}
         return {role: text for role, text in named.items() if text is not None}
+
+    def document_end(self, control: Container[str]) -> str | None:
+        """Return the text of the token that ends a document: `eos_token`, or where that is the end
+        of a turn, as chat models have it, the end of a text, if it is one of the control tokens."""
+        text = self.special_token("eos_token")
+        if text not in _TURN_ENDS:
+            return text
+        return next((each for each in _DOCUMENT_ENDS if each in control), text)
 
     def adds_bos(self) -> bool:
         """Return whether the files say that the tokenizer begins every text with BOS.

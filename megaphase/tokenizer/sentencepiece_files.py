@@ -4,7 +4,9 @@
 | ----------------------------------- | --------------------------------- | --- |
 | a directory made by Megaphase       | in its record                     | in its record |
 | a sentencepiece model, as `a.model` | the model's EOS                   | other control symbols |
-| a Hugging Face directory with one   | its `eos_token`, or the model's   | these and added tokens |
+| a Hugging Face directory with one   | its `eos_token`, or the model's¹  | these and added tokens |
+
+¹ Where `eos_token` ends a turn of a dialogue, the end of a text: `HuggingFaceFiles.document_end`.
 
 The ids are always the model's own. A tag's name is its text without < and >. Models such as Gemma's
 have control tokens among the symbols that text may encode to; those that a Hugging Face directory
@@ -109,7 +111,10 @@ def read_hugging_face(
         remedy = f"give {model} to use the model without its class"
         raise InputError(directory, difference, remedy)
     processor, made_control = _with_control_symbols(processor, files)
-    eod = _id_of(files.special_token("eos_token"), files.added_tokens, processor)
+    numbers = range(processor.get_piece_size())
+    control = {processor.id_to_piece(i) for i in numbers if processor.is_control(i)}
+    end = files.document_end(control | files.special)
+    eod = _id_of(end, files.added_tokens, processor)
     if eod is None:
         eod = processor.eos_id()
     if eod < 0:

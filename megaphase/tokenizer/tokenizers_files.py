@@ -33,11 +33,6 @@ from megaphase.tokenizer.spelling import BYTE_OF
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import hash_json
 
-# Tokens that end a turn of a dialogue: chat models name them as eos_token.
-_TURN_ENDS = frozenset(
-    ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<end_of_turn>", "<|assistant_end|>", "<|end|>")
-)
-_DOCUMENT_ENDS = ("<|end_of_text|>", "<|endoftext|>", "<eos>", "</s>")
 # Pre-tokenizers that drop white space, so that texts would not come back.
 _LOSSY = frozenset(("BertPreTokenizer", "Whitespace", "WhitespaceSplit", "CharDelimiterSplit"))
 # Bytes that UTF-8 never has.
@@ -182,9 +177,7 @@ class _TokenizerJson:
         given = self._given_eod
         if given is not None and given in self.control.values():
             return given
-        text = self.roles.get("eos")
-        if text in _TURN_ENDS:
-            text = next((each for each in _DOCUMENT_ENDS if each in self.control), text)
+        text = self.files.document_end(self.control)
         if text is not None and text in self.control:
             return self.control[text]
         token = None if text is not None else self.files.id_in_config("eos_token_id")

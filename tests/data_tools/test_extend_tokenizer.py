@@ -236,9 +236,9 @@ def test_tokens_that_older_files_add_keep_their_ids(tmp_path: Path) -> None:
     base = BASES["llama2"](tmp_path / "base")
     (base / "tokenizer_config.json").unlink()
     size = Tokenizer.load(base).vocab_size
-    added = {"<|im_end|>": size + 3, "<|im_start|>": size}  # with a gap
+    added = {"<end>": size + 3, "<|im_start|>": size}  # with a gap
     (base / "added_tokens.json").write_text(json.dumps(added))
-    (base / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|im_end|>"}}')
+    (base / "special_tokens_map.json").write_text('{"eos_token": {"content": "<end>"}}')
     old, new = Tokenizer.load(base), Tokenizer.load(extend(base, tmp_path))
     assert new.eod == old.eod == size + 3
     assert new.tags == old.tags

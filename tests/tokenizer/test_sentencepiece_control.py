@@ -11,6 +11,7 @@ import sentencepiece
 from existing_tokenizers import TEXTS, train_model, write_json
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
+from megaphase.chats.turn_ends import turn_ends
 from megaphase.convert.hugging_face.tokenizer import write_hf_tokenizer
 from megaphase.data_tools.tokenizers.extend import extend_tokenizer
 from megaphase.tokenizer import Tokenizer
@@ -77,6 +78,32 @@ def test_no_text_ends_a_document(tmp_path: Path) -> None:
     native = Tokenizer.load(folder)
     assert native.piece(native.eod) == "<unused1>"
     assert native.eod not in native.encode("a<unused1>b")
+
+
+def test_the_end_of_a_turn_is_no_end_of_a_document(tmp_path: Path) -> None:
+    folder = directory(tmp_path / "gemma", "bpe", eos_token="<end_of_turn>")
+    native = Tokenizer.load(folder)
+    assert native.piece(native.eod) == "<eos>"
+    assert [native.piece(each) for each in turn_ends(native)] == ["<end_of_turn>"]
+    # Also where nothing but eos_token names it.
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    del config["added_tokens_decoder"]
+    write_json(path, config)
+    assert Tokenizer.load(folder).eod == native.eod
+    assert turn_ends(Tokenizer.load(folder)) == turn_ends(native)
+    # Yi's and EuroLLM's: added to a model like Llama's, or a symbol of it.
+    train_model(tmp_path / "yi" / "tokenizer.model", vocab_size=400, byte_fallback=True,
+                user_defined_symbols=["<|im_end|>"])  # fmt: skip
+    write_json(tmp_path / "yi" / "tokenizer_config.json", {"eos_token": "<|im_end|>"})
+    chat = Tokenizer.load(tmp_path / "yi")
+    assert chat.piece(chat.eod) == "</s>"
+    # A vocabulary without the end of a text ends documents with it.
+    train_model(tmp_path / "x" / "tokenizer.model", vocab_size=400, byte_fallback=True,
+                eos_piece="[end]", user_defined_symbols=["<|im_end|>"])  # fmt: skip
+    write_json(tmp_path / "x" / "tokenizer_config.json", {"eos_token": "<|im_end|>"})
+    chat = Tokenizer.load(tmp_path / "x")
+    assert chat.piece(chat.eod) == "<|im_end|>"
 
 
 def test_the_fingerprint_tells_them_apart(tmp_path: Path) -> None:
