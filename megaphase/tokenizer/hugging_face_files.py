@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Container, Iterator
 from pathlib import Path
@@ -22,6 +23,9 @@ _TURN_ENDS = frozenset(
     ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<end_of_turn>", "<|assistant_end|>", "<|end|>")
 )
 _DOCUMENT_ENDS = ("<|end_of_text|>", "<|endoftext|>", "<eos>", "</s>")
+_CONFIG_NAME, _SPECIAL_TOKENS_NAME = "tokenizer_config.json", "special_tokens_map.json"
+_REMEDY = "copy the tokenizer again"
+_LONGEST = 100  # characters of a value in a message
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
@@ -38,9 +42,9 @@ class HuggingFaceFiles:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.config = read_object(directory / "tokenizer_config.json")
+        self.config = read_object(directory / _CONFIG_NAME)
         self.whole = read_object(directory / TOKENIZER_JSON_NAME)
-        self._special_tokens = read_object(directory / "special_tokens_map.json")
+        self._special_tokens = read_object(directory / _SPECIAL_TOKENS_NAME)
         self.added_tokens: dict[str, int] = {}
         self.special: set[str] = set()
         self.pieces: dict[str, int] = {}
@@ -48,7 +52,11 @@ class HuggingFaceFiles:
             self._read_tokens()
         except (AttributeError, KeyError, TypeError, ValueError):
             problem = "its tokens are not in the format of transformers"
-            raise InputError(directory, problem, "copy the tokenizer again") from None
+            raise InputError(directory, problem, _REMEDY) from None
+        for key in ("normalizer", "pre_tokenizer", "post_processor"):
+            if not _is_part(self.whole.get(key)):
+                problem = "is not in the format of the tokenizers library"
+                raise InputError(f"{directory / TOKENIZER_JSON_NAME}: {key}", problem, _REMEDY)
 
     def _read_tokens(self) -> None:
         for text, token in read_object(self.directory / "added_tokens.json").items():
@@ -62,16 +70,32 @@ class HuggingFaceFiles:
             self.pieces = vocabulary
         else:
             self.pieces = {piece: number for number, (piece, _) in enumerate(vocabulary)}
+        if not all(type(number) is int for number in self.pieces.values()):
+            raise TypeError
 
     def _add(self, described: dict[str, Any], token: int) -> None:
         text = described["content"]
+        if not isinstance(text, str):
+            raise TypeError
         self.added_tokens[text] = token
         if described.get("special"):
             self.special.add(text)
 
     def special_token(self, name: str) -> str | None:
-        """Return the text of a special token such as `eos_token`."""
-        return _text_of(self.config.get(name) or self._special_tokens.get(name))
+        """Return the text of a special token such as `eos_token`.
+
+        Raises InputError if it is neither a text nor an object with one.
+        """
+        for file, values in (
+            (_CONFIG_NAME, self.config),
+            (_SPECIAL_TOKENS_NAME, self._special_tokens),
+        ):
+            if token := values.get(name):
+                text = token.get("content") if isinstance(token, dict) else token
+                if not isinstance(text, str):
+                    raise self._wrong_value(file, name, token, "the text of a token")
+                return text
+        return None
 
     def roles(self) -> dict[str, str]:
         """Return the text of every special token that has a role, by its role, such as `bos`."""
@@ -93,13 +117,17 @@ class HuggingFaceFiles:
         before the default of the tokenizer's class.
         """
         if (said := self.config.get("add_bos_token")) is not None:
-            return bool(said)
+            if not isinstance(said, bool):
+                raise self._wrong_value(_CONFIG_NAME, "add_bos_token", said, "true or false")
+            return said
         if self.whole:
             bos = self.special_token("bos_token")
             return any(
                 first == bos for step in processors(self.whole) for first in _first_tokens(step)
             )
-        return self.config.get("tokenizer_class", "").removesuffix("Fast") in _CLASSES_WITH_BOS
+        return self._name_in(_CONFIG_NAME, "tokenizer_class").removesuffix("Fast") in (
+            _CLASSES_WITH_BOS
+        )
 
     def id_in_config(self, key: str) -> int | None:
         """Return a token's id from generation_config.json or config.json, the first if several."""
@@ -114,8 +142,19 @@ class HuggingFaceFiles:
     @property
     def class_name(self) -> str:
         """Return the tokenizer's class or, if it is not named, the model type."""
-        named = self.config.get("tokenizer_class")
-        return named or read_object(self.directory / "config.json").get("model_type") or ""
+        named = self._name_in(_CONFIG_NAME, "tokenizer_class")
+        return named or self._name_in("config.json", "model_type")
+
+    def _name_in(self, file: str, key: str) -> str:
+        """Return a name from a file; empty where it has none."""
+        value = read_object(self.directory / file).get(key)
+        if value is not None and not isinstance(value, str):
+            raise self._wrong_value(file, key, value, "a name")
+        return value or ""
+
+    def _wrong_value(self, file: str, key: str, value: Any, wanted: str) -> InputError:
+        problem = f"is {json.dumps(value)[:_LONGEST]}, not {wanted}"
+        return InputError(f"{self.directory / file}: {key}", problem, _REMEDY)
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -124,10 +163,12 @@ def read_object(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = read_json(path)
+    except OSError as error:
+        raise InputError(path, f"cannot be read ({error.strerror})", _REMEDY) from None
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise InputError(path, "is not a JSON object", "copy the tokenizer again")
+        raise InputError(path, "is not a JSON object", _REMEDY)
     return value
 
 
@@ -154,11 +195,16 @@ def _first_tokens(processor: dict[str, Any]) -> Iterator[str]:
         yield processor["cls"][0]
 
 
+def _is_part(part: Any) -> bool:
+    """Return whether a value of tokenizer.json is a normalizer, pre-tokenizer or post-processor."""
+    try:
+        steps = steps_of(part)
+        firsts = [first for step in steps for first in _first_tokens(step)]
+        return all(isinstance(each, str) for each in (*(step["type"] for step in steps), *firsts))
+    except (AttributeError, IndexError, KeyError, TypeError):
+        return False
+
+
 def tag_name(text: str) -> str:
     """Return the name of the tag that is a token with this text."""
     return text.removeprefix("<").removesuffix(">")
-
-
-def _text_of(token: Any) -> str | None:
-    """Return the text of a token, which these files store as a string or an object."""
-    return token.get("content") if isinstance(token, dict) else token

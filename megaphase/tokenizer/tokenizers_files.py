@@ -151,7 +151,14 @@ class _TokenizerJson:
     def _check_model(self) -> None:
         """Raise InputError unless a text's ids depend on it alone and it comes back from them."""
         kind = self.model.get("type") or ("BPE" if "merges" in self.model else None)
-        if not isinstance(self.model.get("vocab"), (dict, list)) or kind is None:
+        unknown, merges = self.model.get("unk_token"), self.model.get("merges") or []
+        is_model = (
+            isinstance(self.model.get("vocab"), (dict, list))
+            and isinstance(unknown, str | None)
+            and isinstance(merges, list)
+            and all(_is_merge(merge) for merge in merges)
+        )
+        if not is_model or kind is None:
             raise InputError(self.path, "is not a tokenizer", "copy the tokenizer again")
         if kind != "BPE":
             raise InputError(self.path, f"is of the kind {kind}, which is not supported", _REMEDY)
@@ -330,6 +337,12 @@ def _normalization(part: Any) -> list[str]:
 def _adds_space(encoder: tokenizers.Tokenizer, bytes_of: dict[int, bytes]) -> bool:
     ids = encoder.encode("a").ids
     return bool(ids) and bytes_of.get(ids[0], b"").startswith(b" ")
+
+
+def _is_merge(merge: Any) -> bool:
+    return isinstance(merge, str) or (
+        isinstance(merge, list) and len(merge) == 2 and all(isinstance(each, str) for each in merge)
+    )
 
 
 def _pair(merge: Any) -> list[str]:
