@@ -169,7 +169,7 @@ def to_hf_command(
             min=1,
             max=MOST,
             help="max_position_embeddings of a model with rotary positions; the seq_len of the "
-            "checkpoint's phase by default.",
+            "checkpoint's phase by default, with YaRN factor × original length.",
         ),
     ] = None,
     average: Average = False,
@@ -203,9 +203,13 @@ def to_hf_command(
     )
     print(f"{written.family.title} model: {out}")
     if written.shape.position == "rotary":
-        source = "as asked for" if max_positions else "the checkpoint's seq_len"
-        length = written.shape.seq_len
+        length, yarn = written.shape.seq_len, written.yarn_positions
+        source = "the checkpoint's seq_len" if yarn is None else "YaRN's factor × original length"
+        source = "as asked for" if max_positions else source
         print(f"max_position_embeddings is {length}, {source}; --max-positions sets it.")
+        if yarn is not None and length != yarn:
+            print("Some versions of transformers, such as 4.51, compute YaRN's factor from it, and")
+            print(f"so other logits; they need {yarn}, the factor × the original length.")
     if written.chat_ends is not None:
         ends = " and ".join(written.chat_ends)
         print(f"Chat template: generation stops at {ends}. Text that spells a control token")

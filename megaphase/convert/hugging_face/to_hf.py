@@ -44,11 +44,14 @@ class Written:
         family: of the model.
         shape: as config.json describes it.
         chat_ends: the tokens at which generation stops; None if there is no chat template.
+        yarn_positions: the max_position_embeddings with which transformers computes the model's
+            rotary positions, in 4.51 as in later versions; None without YaRN.
     """
 
     family: Family
     shape: GPTShape
     chat_ends: list[str] | None = None
+    yarn_positions: int | None = None
 
 
 def to_hf(
@@ -71,7 +74,8 @@ def to_hf(
         tokenizer: by default that of the run, or of the imported model.
         no_tokenizer: write none.
         max_positions: how many tokens the model's configuration allows a text to have, with rotary
-            positions; by default the seq_len of the phase that wrote the checkpoint.
+            positions; by default the seq_len of the phase that wrote the checkpoint, and with YaRN
+            its factor times the original length.
         average: write the average of the weights that the checkpoint holds.
 
     Raises:
@@ -84,7 +88,8 @@ def to_hf(
     whole = source.shape.with_all_positions()
     family = family_for(whole, source.folder)
     shape = family.expressed(whole)
-    described = shape
+    yarn_positions = _yarn_positions(shape)
+    described = shape if yarn_positions is None else replace(shape, seq_len=yarn_positions)
     if max_positions is not None:
         if shape.position != "rotary":
             problem = f"the model has learned positions, {shape.seq_len:,} of them"
@@ -119,7 +124,17 @@ def to_hf(
         _write_configs(folder, family.config(described), dtype, tokens)
         has_template = words is not None and ChatTemplate.find(folder) is not None
     ends = [words.piece(each) for each in (words.eod, *sorted(turns))] if words else []
-    return Written(family, described, ends if has_template else None)
+    return Written(family, described, ends if has_template else None, yarn_positions)
+
+
+def _yarn_positions(shape: GPTShape) -> int | None:
+    """Return max_position_embeddings of a model with YaRN: 4.51 of transformers computes the factor
+    from it, as max_position_embeddings / original_max_position_embeddings; later versions read it.
+    """
+    scaling = shape.rotary_scaling
+    if scaling is None or scaling.type != "yarn" or scaling.original_seq_len is None:
+        return None
+    return max(round(scaling.factor * scaling.original_seq_len), 1)
 
 
 def _write_weights(

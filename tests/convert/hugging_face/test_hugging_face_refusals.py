@@ -27,9 +27,13 @@ from hf_support import (
     export,
     llama,
     make_transformers_model,
+    megaphase_logits,
     names_in,
+    random_tokens,
     take,
+    transformers_logits,
 )
+from rounding import FP32, deviation
 from safetensors.torch import load_file, save_file
 from warm_commands import run
 
@@ -37,6 +41,7 @@ from megaphase.checkpoint.state import TOKENIZER_HASH
 from megaphase.convert.extend_vocab import new_tokens
 from megaphase.convert.hugging_face.from_hf import from_hf
 from megaphase.convert.source import open_source
+from megaphase.model.config import RotaryScalingConfig
 from megaphase.model.shape import GPTShape
 from megaphase.tokenizer import Tokenizer
 from megaphase.utils.errors import InputError
@@ -388,6 +393,28 @@ def test_more_positions_than_the_training_had(tok: Path, tmp_path: Path) -> None
     learned = write_random_checkpoint(tmp_path / "learned", SHAPES["gpt2"])
     with pytest.raises(InputError, match="--max-positions: the model has learned positions"):
         export(learned, tmp_path / "gpt2", tok, max_positions=4096)
+
+
+def test_the_positions_of_yarn_do_not_depend_on_the_version(tok: Path, tmp_path: Path) -> None:
+    """4.51 of transformers divides max_position_embeddings by the original length, and takes the
+    result for the factor; later versions read the factor."""
+    yarn = RotaryScalingConfig(type="yarn", factor=4.0, original_seq_len=30)
+    shape = replace(SHAPES["llama grouped"], rotary_scaling=yarn)
+    checkpoint = write_random_checkpoint(tmp_path / "native", shape)
+    export(checkpoint, tmp_path / "hf", tok)
+    config = json.loads((tmp_path / "hf" / "config.json").read_bytes())
+    scaling = config["rope_scaling"]
+    original = scaling["original_max_position_embeddings"]
+    assert config["max_position_embeddings"] / original == scaling["factor"] == 4.0
+    tokens = random_tokens(shape.vocab)
+    found = transformers_logits(tmp_path / "hf", tokens)
+    assert deviation(found, megaphase_logits(checkpoint, tokens)) < FP32
+    result = run(
+        "convert", "to-hf", checkpoint, "--tokenizer", tok, "--out", tmp_path / "longer",
+        "--max-positions", 512,
+    )  # fmt: skip
+    assert "max_position_embeddings is 512, as asked for" in result.stdout
+    assert "they need 120, the factor" in result.stdout
 
 
 def test_a_damaged_checkpoint_is_not_exported(tok: Path, tmp_path: Path) -> None:
