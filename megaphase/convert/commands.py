@@ -178,8 +178,8 @@ def to_hf_command(
     """Write a Hugging Face model with its tokenizer.
 
     `AutoModelForCausalLM.from_pretrained(DIR)` computes the same logits, `AutoTokenizer` gives the
-    same ids. The model becomes one of the first family that has its options: see
-    docs/conversion.md.
+    same ids, or the command says which class does. The model becomes one of the first family that
+    has its options: see docs/conversion.md.
 
     Example: megaphase convert to-hf runs/a@joint --out hf/
     """
@@ -214,6 +214,13 @@ def to_hf_command(
         ends = " and ".join(written.chat_ends)
         print(f"Chat template: generation stops at {ends}. Text that spells a control token")
         print("becomes that token in transformers; megaphase refuses such messages.")
+    if written.tokenizer_class is not None:
+        line = (
+            "AutoTokenizer of transformers 5 takes Qwen's tokenizer class for every model of type "
+            f"{written.family.model_type} and gives other ids than this tokenizer: load it with "
+            f"transformers.{written.tokenizer_class}.from_pretrained({str(out)!r})."
+        )
+        new_console(stderr=True, highlight=False).print(line, soft_wrap=True, markup=False)
 
 
 @convert_app.command("from-hf")

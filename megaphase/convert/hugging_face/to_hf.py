@@ -18,6 +18,7 @@ from megaphase.checkpoint.tensor_file import TensorKind
 from megaphase.convert.hugging_face.config_file import CONFIG_FILE
 from megaphase.convert.hugging_face.families import family_for
 from megaphase.convert.hugging_face.family import Family
+from megaphase.convert.hugging_face.forced_class import class_to_load
 from megaphase.convert.hugging_face.tokenizer import write_hf_tokenizer
 from megaphase.convert.hugging_face.weights import INDEX_SUFFIX, SAFETENSORS_FILE
 from megaphase.convert.output import new_folder
@@ -46,12 +47,15 @@ class Written:
         chat_ends: the tokens at which generation stops; None if there is no chat template.
         yarn_positions: the max_position_embeddings with which transformers computes the model's
             rotary positions, in 4.51 as in later versions; None without YaRN.
+        tokenizer_class: the class of transformers that gives the tokenizer's ids, where
+            AutoTokenizer would not; else None.
     """
 
     family: Family
     shape: GPTShape
     chat_ends: list[str] | None = None
     yarn_positions: int | None = None
+    tokenizer_class: str | None = None
 
 
 def to_hf(
@@ -98,6 +102,7 @@ def to_hf(
     dtype = source.dtype(precision)
     words = None if no_tokenizer else load_tokenizer(source, tokenizer)
     turns: frozenset[int] = frozenset()
+    tokenizer_class: str | None = None
     weights = WithZeroBiases(source.weights, shape)
     nbytes = dtype.itemsize * parameter_count(shape)
     with new_folder(out, nbytes) as folder:
@@ -119,12 +124,14 @@ def to_hf(
         tokens: dict[str, int | list[int] | None] = {"bos_token_id": None, "eos_token_id": None}
         if words is not None:
             write_hf_tokenizer(words, folder, max_length=described.seq_len)
+            tokenizer_class = class_to_load(folder, family.model_type)
             turns = turn_ends(words)
             tokens = {"bos_token_id": _bos(folder, words), "eos_token_id": _ends(words, turns)}
         _write_configs(folder, family.config(described), dtype, tokens)
         has_template = words is not None and ChatTemplate.find(folder) is not None
     ends = [words.piece(each) for each in (words.eod, *sorted(turns))] if words else []
-    return Written(family, described, ends if has_template else None, yarn_positions)
+    chat_ends = ends if has_template else None
+    return Written(family, described, chat_ends, yarn_positions, tokenizer_class)
 
 
 def _yarn_positions(shape: GPTShape) -> int | None:
