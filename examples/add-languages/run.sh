@@ -18,17 +18,18 @@ changes=("${@:4}")         # of the run file
 
 heading() { printf '\n== %s\n' "$*"; }
 
-# 1. A tokenizer with tokens of the new languages. All ids of the model's own tokenizer stay the same.
-heading "1. tokenizer extend: $add tokens for ${new[*]}"
+# 1. The model's weights, and a copy of its tokenizer without tokens for which the model has no rows.
+heading "1. convert from-hf"
+[ -d base ] || megaphase convert from-hf "$model" --out base
+
+# 2. A tokenizer with tokens of the new languages, all ids of the model's own tokenizer as they are; the
+# model with rows for these tokens, and its loss on the old languages before and after.
+heading "2. tokenizer extend, convert extend-vocab: $add tokens for ${new[*]}"
 learn=() check=()
 for language in "${new[@]}"; do learn+=(--input "$language=$corpora/$language.jsonl.gz"); done
 for language in "${old[@]}"; do check+=(--check "$language=$corpora/$language.jsonl.gz"); done
-[ -d tokenizer ] || megaphase tokenizer extend "$model" "${learn[@]}" "${check[@]}" \
+[ -d tokenizer ] || megaphase tokenizer extend base/tokenizer "${learn[@]}" "${check[@]}" \
     --add "$add" --out tokenizer
-
-# 2. The model with rows for these tokens, and its loss on the old languages before and after.
-heading "2. convert from-hf, convert extend-vocab: the model with rows for these tokens"
-[ -d base ] || megaphase convert from-hf "$model" --out base
 [ -d extended ] || megaphase convert extend-vocab base --tokenizer tokenizer --out extended "${check[@]}"
 
 # 3. All languages, old and new, in the new tokenizer's tokens.

@@ -22,6 +22,7 @@ def pieces_replaced(extended: Tokenizer, base: Tokenizer) -> list[list[int]]:
         raise InputError(extended.path, "does not extend another tokenizer", remedy)
     if extends.tokenizer_hash != base.fingerprint:
         problem = f"extends another tokenizer than {base.path}"
-        raise InputError(extended.path, problem, "give the one from which it was made")
+        remedy = f"extend that one: megaphase tokenizer extend {base.path}"
+        raise InputError(extended.path, problem, remedy)
     new = range(extends.vocab_size, extended.vocab_size)
     return [base.encode_spelling(extended.spelling(token)) for token in new]
