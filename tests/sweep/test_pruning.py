@@ -204,6 +204,16 @@ def test_a_first_stage_that_another_arm_needs_is_not_pruned(arms: Any, seed: int
     assert len(known) == len(all_trials(sweep))
 
 
+def test_nothing_is_compared_after_a_first_stage_that_diverged_with_every_peak() -> None:
+    phases = [FIRST, {"share": 0.2, "rate": 0.2}, {"rate": 0.3}]
+    sweep = pruned_sweep("halving", {"a": {"phases": phases}}, seeds=[1])
+    nan = dict.fromkeys([*HIGH, *LOW], math.nan)
+    lost = {trial.name: Outcome(diverged="ended", losses=nan) for trial in known_trials(sweep, {})}
+    state = sweep_state(sweep, lost, {})
+    assert state.pending_runs == []
+    assert state.outcomes == lost
+
+
 def test_runs_with_other_validations_are_compared_where_all_have_one() -> None:
     every = {"static": {"rates": [0.5], "settings": {"validation.every_steps": [4, 6]}}}
     more = {"learning_rate": {"peaks": PEAKS[:1]}, "seeds": [1], "prune": {"at": [0.5]}}

@@ -158,8 +158,9 @@ def compared_settings(sweep: Sweep, outcomes: Mapping[str, Outcome]) -> list[Com
     members = Counter(name for names in choices for name in names)
     groups: dict[object, list[Trial]] = {}
     for names, candidates in choices.items():
-        # Another arm may need a stage that is not the best here.
-        if not any(name in sources or members[name] > 1 for name in names):
+        # Another arm may need a stage that is not the best here. There are none after a first stage
+        # that diverged with every peak.
+        if names and not any(name in sources or members[name] > 1 for name in names):
             groups[names] = [*candidates]
     for trial in expected:
         if trial.is_final:
