@@ -25,7 +25,7 @@ CASES = [
     # The ramp begins in the second phase, as the first has a batch of its own.
     (RAMP, [("one", {"steps": 3} | OWN), ("two", {"steps": 30})], "2 samples, .* of two .* 1 on,"),
     (RAMP, [("one", {"tokens": 96} | OWN), ("two", {"steps": 30})], "2 samples, .* of two .* 1 on"),
-    # It goes on in the second phase.
+    # The ramp continues in the second phase.
     (LONG, [("one", {"steps": 5}), ("two", {"steps": 30})], "6 samples, .* of two .* step 3 on,"),
 ]
 

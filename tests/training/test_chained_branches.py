@@ -171,7 +171,7 @@ def test_checkpoints_of_earlier_versions_are_read(tmp_path: Path, hindi: Documen
     del state["used"]["hi"], state["earlier_streams"], state["history"]["origin"]["streams"]
     (checkpoint / "state.json").write_text(json.dumps(state))
     last = run_file(tmp_path, "c", ["en", "hi"], ("pc", 6, HALF, {}))
-    # What their origin says of the task is enough to go on with it.
+    # The origin that they record is enough to continue the task.
     assert branched(last, checkpoint).plan.spec.used == {"en": 28, "hi": 12}
     del state["history"]
     (checkpoint / "state.json").write_text(json.dumps(state))

@@ -37,7 +37,7 @@ class Grid:
 
 
 class FakeEngine:
-    """Loses three bits for each of the targets, and keeps what it is given."""
+    """An engine whose loss is three bits for each target, and which stores its arguments."""
 
     def __init__(self, grid: Grid) -> None:
         self.grid, self.micro = grid, 1

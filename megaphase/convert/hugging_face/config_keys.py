@@ -138,7 +138,9 @@ class Fixed:
 
 
 def unread(value: Any) -> Fixed:
-    """A key of published files that transformers does not read; it must say what the model is."""
+    """A key of published files that transformers ignores; only the value that is true of the
+    model is accepted.
+    """
     return Fixed((value,), value, written=False)
 
 

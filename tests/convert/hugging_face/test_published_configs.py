@@ -1,5 +1,5 @@
 """Keys of published config.json files that transformers does not read: they are accepted where they
-say what the model is, and refused where they would say something else."""
+say what the model is, and refused with any other value."""
 
 from __future__ import annotations
 
