@@ -95,7 +95,8 @@ def read_model_alone(path: Path) -> tuple[SentencePieceProcessor, TokenizerRecor
     if processor.eos_id() < 0:
         remedy = "train the model with an EOS symbol (sentencepiece's eos_id)"
         raise InputError(path, "the model has no symbol that can end a document", remedy)
-    return processor, _record(path, processor, processor.eos_id(), None, {}, ())
+    control = _control_symbols(processor)
+    return processor, _record(path, processor, control, processor.eos_id(), None, {}, ())
 
 
 def read_hugging_face(
@@ -111,9 +112,8 @@ def read_hugging_face(
         remedy = f"give {model} to use the model without its class"
         raise InputError(directory, difference, remedy)
     processor, made_control = _with_control_symbols(processor, files)
-    numbers = range(processor.get_piece_size())
-    control = {processor.id_to_piece(i) for i in numbers if processor.is_control(i)}
-    end = files.document_end(control | files.special)
+    control = _control_symbols(processor)
+    end = files.document_end(control.keys() | files.special)
     eod = _id_of(end, files.added_tokens, processor)
     if eod is None:
         eod = processor.eos_id()
@@ -125,8 +125,9 @@ def read_hugging_face(
         for kind in ("bos", "unk", "pad")
     )
     known = [token for token in (bos, *others) if token is not None]
+    added, adds_bos = files.added_tokens, files.adds_bos()
     return processor, _record(
-        model, processor, eod, bos, files.added_tokens, known, files.adds_bos(), made_control
+        model, processor, control, eod, bos, added, known, adds_bos, made_control
     )
 
 
@@ -144,6 +145,11 @@ def _proto_of(processor: SentencePieceProcessor) -> Any:
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
     return ModelProto.FromString(processor.serialized_model_proto())
+
+
+def _control_symbols(processor: SentencePieceProcessor) -> dict[str, int]:
+    pieces = range(processor.get_piece_size())
+    return {processor.id_to_piece(i): i for i in pieces if processor.is_control(i)}
 
 
 def _with_control_symbols(
@@ -195,6 +201,7 @@ def adds_prefix_space(processor: SentencePieceProcessor) -> bool:
 def _record(
     model: Path,
     processor: SentencePieceProcessor,
+    control: dict[str, int],
     eod: int,
     bos: int | None,
     added_tokens: dict[str, int],
@@ -206,7 +213,6 @@ def _record(
     if bos is None and processor.bos_id() >= 0:
         bos = processor.bos_id()
     beyond = {text: i for text, i in added_tokens.items() if i >= pieces}
-    control = {processor.id_to_piece(i): i for i in range(pieces) if processor.is_control(i)}
     roles = {eod, processor.bos_id(), processor.eos_id(), processor.unk_id(), *special}
     roles.add(processor.pad_id())
     algorithm, normalization = _properties(processor)
