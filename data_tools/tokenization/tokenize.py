@@ -76,10 +76,12 @@ class Tokenization:
         reading = asdict(self.reading)
         if self.chats is None:
             del reading["messages"]  # so that jobs begun before there were chats stay what they are
-            template = {}
+            template: dict[str, object] = {}
         else:
             chats = self.chats.template
             template = {"template": chats.text, "special_tokens": dict(chats.special_tokens)}
+            if self.tokenizer.adds_bos:
+                template["keeps_bos"] = True  # jobs of earlier versions left it out
         return hash_json(
             {
                 "files": files,

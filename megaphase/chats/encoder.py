@@ -34,7 +34,8 @@ class EncodedChat(NamedTuple):
     """A conversation.
 
     Attributes:
-        tokens: int32 [tokens], with the EOD that ends it.
+        tokens: int32 [tokens], with the BOS that the template begins with, if it does, and the EOD
+            that ends it.
         targets: u8 [tokens], 1 where a token belongs to an answer.
         prompt: what comes before the first answer to a message, or, where there is none, all of
             it; from this the hash is computed, in UTF-8.
@@ -115,9 +116,6 @@ class ChatEncoder:
             if any(message["role"] == ASSISTANT for message in messages):
                 raise ChatError("the chat template gives the assistant no token in it")
             raise ChatError("no message is of the role 'assistant'")
-        # Training puts BOS before a document by itself, where the tokenizer has that.
-        if self._begins_with_bos(ids):
-            ids, targets = ids[1:], targets[1:]
         if not len(ids) or ids[-1] != self.tokenizer.eod:
             ids = np.append(ids, np.int32(self.tokenizer.eod))
             targets = np.append(targets, np.uint8(0))
@@ -128,8 +126,7 @@ class ChatEncoder:
         return EncodedChat(ids, targets, _prompt(messages), size)
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Return the tokens of a conversation and of the template's prompt for an answer, without
-        the BOS that training puts before a document by itself.
+        """Return the tokens of a conversation and of the template's prompt for an answer.
 
         Raises ChatError if the last message is the assistant's, the template refuses them, or a
         control token comes from a message, not from the template.
@@ -140,7 +137,7 @@ class ChatEncoder:
         encoded = self._encoder.encode(text, add_special_tokens=False)
         ids = np.array(encoded.ids, np.int32)
         self._control_tokens.check(messages, ids, prompt=True)
-        found: list[int] = ids[1:].tolist() if self._begins_with_bos(ids) else ids.tolist()
+        found: list[int] = ids.tolist()
         return found
 
     def remarks(self) -> list[str]:
@@ -170,9 +167,6 @@ class ChatEncoder:
     @property
     def _ends_with_eod(self) -> bool:
         return self._example is not None and self._example.turn_end is None
-
-    def _begins_with_bos(self, ids: np.ndarray) -> bool:
-        return self.tokenizer.adds_bos and len(ids) > 0 and bool(ids[0] == self.tokenizer.bos)
 
     @cached_property
     def _example(self) -> _Example | None:

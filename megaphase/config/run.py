@@ -48,8 +48,9 @@ class RunConfig(Section):
     a Hugging Face model, with a sentencepiece model or a `tokenizer.json`."""
     bos: bool | None = None
     """Whether the first token of a document is predicted from the tokenizer's BOS token, instead of
-    the EOD of the document before it; not in translation pairs. If left out, as the model was
-    trained with, as far as the tokenizer's files say (`add_bos_token`)."""
+    the EOD of the document before it; not in translation pairs, nor in conversations, which begin
+    as their chat template says. If left out, as the model was trained with, as far as the
+    tokenizer's files say (`add_bos_token`)."""
     tasks: dict[Name, TaskConfig] = Field(min_length=1)
     """The tasks by name: their corpora."""
     model: ModelConfig

@@ -71,7 +71,8 @@ def asked(questions: Sequence[str], system: str | None) -> list[Conversation]:
 def encode_conversations(
     conversations: Sequence[Conversation], tokenizer: Tokenizer
 ) -> list[list[int]]:
-    """Return the tokens of each conversation with the prompt for an answer, without BOS.
+    """Return the tokens of each conversation with the prompt for an answer; they begin with BOS if
+    the template writes it.
 
     Raises:
         InputError: the tokenizer has no chat template, or that refuses a conversation.

@@ -222,6 +222,26 @@ def test_special_tokens_may_be_in_a_file_of_their_own(tmp_path):
     assert encoder.encode(CHAT).tokens[:-1].tolist() == expected
 
 
+@pytest.mark.parametrize("begin", ["{{ bos_token }}", ""])
+def test_a_conversation_begins_as_the_template_says(begin, tmp_path):
+    """With the BOS that it writes, or without the one that the tokenizer puts before a text."""
+    make_tokenizer(tmp_path, begin + MARKED)
+    path = tmp_path / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"bos_token": "<|im_end|>", "add_bos_token": True}))
+    reference, encoder = edit_tokenizer(tmp_path, lambda whole: None)
+    assert encoder.tokenizer.adds_bos
+    expected = reference.apply_chat_template(CHAT, tokenize=True, return_dict=False)
+    assert (expected[0] == encoder.tokenizer.bos) == bool(begin)
+    found = encoder.encode(CHAT)
+    assert found.tokens[:-1].tolist() == expected
+    assert not found.targets[0]
+    asked = reference.apply_chat_template(
+        CHAT[:-1], tokenize=True, return_dict=False, add_generation_prompt=True
+    )
+    assert encoder.encode_prompt(CHAT[:-1]) == asked
+
+
 @pytest.mark.parametrize(
     ("template", "messages", "said"),
     [
