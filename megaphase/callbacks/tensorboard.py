@@ -73,7 +73,8 @@ class TensorBoard(RowRecorder):
         """Add a row's numbers or text."""
         with os_errors_named(self._folder):
             for name, value in _scalars(row):
-                self._writer.add_scalar(name, value, row["step"])
+                if value is not None:
+                    self._writer.add_scalar(name, value, row["step"])
             if "event" in row:
                 self._writer.add_text(f"events/{row['event']}", event_text(row), row["step"])
 
@@ -89,13 +90,13 @@ class TensorBoard(RowRecorder):
             self._writer.close()
 
 
-def _scalars(row: Row) -> Iterator[tuple[str, float]]:
-    """The row's numbers under the names that TensorBoard shows."""
+def _scalars(row: Row) -> Iterator[tuple[str, float | None]]:
+    """The row's numbers under the names that TensorBoard shows; None for those that it lacks, as
+    rows of metrics.jsonl do where a number is not finite."""
     if "validation" in row:
         for task, figures in row["validation"].items():
             for name, value in figures.items():
-                if value is not None:
-                    yield f"validation_{name}/{task}", value
+                yield f"validation_{name}/{task}", value
         for task, figures in row.get("validation_average", {}).items():
             for name, value in figures.items():
                 yield f"validation_average_{name}/{task}", value
@@ -108,8 +109,7 @@ def _scalars(row: Row) -> Iterator[tuple[str, float]]:
         for task, loss in row["loss_by_task"].items():
             yield f"train_loss/{task}", loss
         for name in TRAINING_SCALARS:
-            if row[name] is not None:
-                yield f"train/{name}", row[name]
+            yield f"train/{name}", row[name]
 
 
 def _charts(task: str) -> dict[str, list[object]]:

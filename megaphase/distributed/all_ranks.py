@@ -42,11 +42,11 @@ def on_first_rank(action: Callable[[], Result]) -> Result:
         return action()
     import torch.distributed as dist
 
-    from megaphase.distributed.process_grid import device, join_processes
+    from megaphase.distributed.process_grid import exchange_group, join_processes
 
     join_processes()
     shared = [result_or_fault(action) if global_rank() == 0 else None]
-    dist.broadcast_object_list(shared, src=0, device=device())
+    dist.broadcast_object_list(shared, src=0, group=exchange_group())
     outcome = shared[0]
     if isinstance(outcome, Fault):
         raise outcome
@@ -88,9 +88,10 @@ def leaving_processes() -> Iterator[None]:
             ) from None
         raise
     finally:
-        distributed = sys.modules.get("torch.distributed")
-        if distributed is not None and distributed.is_initialized():
-            distributed.destroy_process_group()
+        if "torch.distributed" in sys.modules:
+            from megaphase.distributed.process_grid import leave_processes
+
+            leave_processes()
 
 
 def result_or_fault(action: Callable[[], Result]) -> Result | Fault:
@@ -114,9 +115,9 @@ def _gather_faults(outcome: object) -> list[Fault | None]:
 def _gather(value: Result) -> list[Result]:
     import torch.distributed as dist
 
-    from megaphase.distributed.process_grid import join_processes
+    from megaphase.distributed.process_grid import exchange_group, join_processes
 
     join_processes()
     values = [value] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=exchange_group())
     return values

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megaphase.distributed.all_ranks import Fault, result_or_fault
+from megaphase.distributed.process_grid import collective_timeout
 
 Fact = TypeVar("Fact")
 
@@ -19,9 +20,10 @@ class ControlGroup:
     Every method is called by all ranks.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stalled_seconds: float = 0.0) -> None:
+        """stalled_seconds: after which the watchdog ends a run without progress."""
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self._group = dist.new_group(backend="gloo")
+        self._group = dist.new_group(timeout=collective_timeout(stalled_seconds), backend="gloo")
 
     def largest(self, *values: int) -> list[int]:
         """Return, for each value, the largest of all ranks."""

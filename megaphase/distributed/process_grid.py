@@ -11,11 +11,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megaphase.distributed.dist_env import check_rendezvous, global_rank, local_rank, world_size
+from megaphase.distributed.dist_env import (
+    check_rendezvous,
+    global_rank,
+    local_rank,
+    local_world_size,
+    world_size,
+)
 from megaphase.utils.errors import InputError, RunError
 
 # Long enough for rank 0 to build a plan or verify a checkpoint while the others wait.
-COLLECTIVE_TIMEOUT = timedelta(minutes=60)
+_COLLECTIVE_TIMEOUT = timedelta(minutes=60)
 # Processes of one job start within minutes of each other, or not at all.
 JOIN_TIMEOUT = timedelta(minutes=10)
 
@@ -90,12 +96,7 @@ def join_processes() -> None:
     backend = "gloo"
     if device().type == "cuda":
         backend = "nccl"
-        if local_rank() >= torch.cuda.device_count():
-            raise InputError(
-                "LOCAL_RANK",
-                f"is {local_rank():,}, but this machine has {torch.cuda.device_count():,} GPUs",
-                "start one process for each GPU",
-            )
+        _check_gpus()
         torch.cuda.set_device(device())
     if world_size() == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -103,11 +104,46 @@ def join_processes() -> None:
         store = _rendezvous()
         dist.init_process_group(
             backend,
-            timeout=COLLECTIVE_TIMEOUT,
+            timeout=_COLLECTIVE_TIMEOUT,
             store=store,
             rank=global_rank(),
             world_size=world_size(),
         )
+        if backend == "nccl":
+            global _exchange
+            _exchange = dist.new_group(timeout=_COLLECTIVE_TIMEOUT, backend="gloo")
+
+
+def _check_gpus() -> None:
+    """Raises on every rank of the machine, since only rank 0 is heard."""
+    here, gpus = max(local_world_size(), local_rank() + 1), torch.cuda.device_count()
+    if here > gpus:
+        raise InputError(
+            "LOCAL_WORLD_SIZE",
+            f"{here:,} processes on this machine see {gpus:,} GPU{'s' * (gpus != 1)}",
+            "start one process for each GPU, and let all of them see all GPUs",
+        )
+
+
+def exchange_group() -> dist.ProcessGroup | None:
+    """Return the group over which objects are exchanged before the run file is known; None for the
+    group of all processes, where that is of gloo.
+
+    NCCL reads its variables when the first of its collectives begins, so none may begin before
+    `deterministic: true` has set them.
+    """
+    return _exchange
+
+
+_exchange: dist.ProcessGroup | None = None
+
+
+def leave_processes() -> None:
+    """Leave the process group, if this process has joined it."""
+    global _exchange
+    _exchange = None
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _rendezvous() -> dist.Store:
@@ -122,13 +158,35 @@ def _rendezvous() -> dist.Store:
             f"{JOIN_TIMEOUT.total_seconds():.0f} s; see whether one has ended, or whether the "
             "nodes cannot reach that address"
         ) from None
-    store.set_timeout(COLLECTIVE_TIMEOUT)
+    store.set_timeout(_COLLECTIVE_TIMEOUT)
     return store
 
 
-def start_process_grid(tensor_size: int) -> ProcessGrid:
-    """Join the process group and form the tensor- and data-parallel groups."""
+def collective_timeout(stalled_seconds: float) -> timedelta:
+    """Return how long a collective waits for the other ranks.
+
+    The watchdog comes first (`faults.stalled_seconds`): it can say which rank hangs, and where.
+    Where no time is given, torch ends a process that waits in a new group after 10 minutes with
+    NCCL.
+    """
+    return max(_COLLECTIVE_TIMEOUT, timedelta(seconds=2 * stalled_seconds))
+
+
+def set_timeout(group: dist.ProcessGroup | None, timeout: timedelta) -> None:
+    """Set how long the collectives of a group wait that has been formed without it, as DeepSpeed
+    forms its own; None: the group of all processes."""
+    if dist.get_backend(group) in ("nccl", "gloo"):
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def start_process_grid(tensor_size: int, stalled_seconds: float = 0.0) -> ProcessGrid:
+    """Join the process group and form the tensor- and data-parallel groups.
+
+    stalled_seconds: after which the watchdog ends a run without progress.
+    """
     join_processes()
+    timeout = collective_timeout(stalled_seconds)
+    set_timeout(None, timeout)
     world, rank = dist.get_world_size(), dist.get_rank()
     assert world % tensor_size == 0, "RunConfig.micro_batches comes first"
     first = rank - rank % tensor_size
@@ -137,18 +195,18 @@ def start_process_grid(tensor_size: int) -> ProcessGrid:
         world,
         rank,
         tensor_size,
-        _own_group(range(first, first + tensor_size), _high_priority()),
-        _own_group(range(rank % tensor_size, world, tensor_size)),
+        _own_group(range(first, first + tensor_size), timeout, _high_priority(timeout)),
+        _own_group(range(rank % tensor_size, world, tensor_size), timeout),
     )
 
 
-def _own_group(ranks: Sequence[int], options: Any = None) -> dist.ProcessGroup:
+def _own_group(ranks: Sequence[int], timeout: timedelta, options: Any = None) -> dist.ProcessGroup:
     group: dist.ProcessGroup
-    group = dist.new_group(ranks, use_local_synchronization=True, pg_options=options)
+    group = dist.new_group(ranks, timeout, use_local_synchronization=True, pg_options=options)
     return group
 
 
-def _high_priority() -> Any:
+def _high_priority(timeout: timedelta) -> Any:
     """Options of a group whose collectives the GPU starts before other work that waits.
 
     Tensor-parallel collectives are short, and every product after them needs their results.
@@ -157,4 +215,5 @@ def _high_priority() -> Any:
         return None
     options = dist.ProcessGroupNCCL.Options()
     options.is_high_priority_stream = True
+    options._timeout = timeout
     return options

@@ -163,11 +163,12 @@ def evaluate_benchmarks(
             gpt = load_model(source, None, verify=is_first, grid=grid)
             return source, RankModel(gpt, grid)
 
-        grid = start_process_grid(model.tensor)
+        grid = start_process_grid(model.tensor, faults.stalled_seconds)
+        group = ControlGroup(faults.stalled_seconds)
         source, served = run_on_all_ranks(prepare)
         tokenizer = run_on_all_ranks(partial(load_tokenizer, source, model.tokenizer))
         with _progress() as advance:
-            service = ModelService(served, tokenizer, ControlGroup(), batch=batch, advance=advance)
+            service = ModelService(served, tokenizer, group, batch=batch, advance=advance)
             return service.serve(lambda: _run(benchmarks, service))
 
 

@@ -57,6 +57,7 @@ def train_command(
             if trainer.is_done():
                 steps = trainer.state.step
                 trainer.say(f"{config.output}: all {steps:,} steps are done; nothing to do")
+                trainer.finish_trackers()
                 trainer.finish_uploads()
                 for line in next_commands(config):
                     trainer.say(line)
@@ -64,6 +65,7 @@ def train_command(
             if trainer.has_reached_end_after():
                 end = config.checkpoint.end_after
                 trainer.say(f"{config.output}: checkpoint.end_after: {end:,} has been reached")
+                trainer.finish_trackers()
                 trainer.finish_uploads()
                 return
             trainer.build(profile_steps or (PROFILE_STEPS if profile else 0))

@@ -14,7 +14,12 @@ from torch import Tensor, nn
 from megaphase.config.run import RunConfig
 from megaphase.distributed.device_copies import to_device
 from megaphase.distributed.initialization import Initializer
-from megaphase.distributed.process_grid import ProcessGrid, device
+from megaphase.distributed.process_grid import (
+    ProcessGrid,
+    collective_timeout,
+    device,
+    set_timeout,
+)
 from megaphase.model.document_mask import DocumentBounds, takes_bounds
 from megaphase.model.dropout import row_seeds
 from megaphase.model.gpt import GPT, Block
@@ -42,7 +47,7 @@ from megaphase.training.gradient_sums import reduce_nothing, sum_without_copies
 from megaphase.training.gradients import clip_gradients
 from megaphase.training.loss_spike_filter import LossSpikeFilter
 from megaphase.training.parameter_persistence import keep_gathered
-from megaphase.training.secondary_partition import forget_secondary_group
+from megaphase.training.secondary_partition import forget_secondary_group, secondary_group
 from megaphase.training.step_result import StepResult, TaskLosses
 from megaphase.utils.heap import keep_freed_memory
 
@@ -112,6 +117,8 @@ class Engine:
                 mpu=grid,
                 dist_init_required=False,
             )
+        if (secondary := secondary_group()) is not None:
+            set_timeout(secondary, collective_timeout(config.faults.stalled_seconds))
         if config.parallel.zero == 3:
             keep_gathered(self._engine.optimizer, model, config.parallel.keep_gathered)
         sum_without_copies(self._engine.optimizer)

@@ -76,10 +76,11 @@ def evaluate(
             run_on_all_ranks(lambda: _require_splits(config, splits))
             branch = on_first_rank(lambda: choose_branch(config, None))
             tokenizer, shapes, spec = check_inputs(config, branch)
-            grid = start_process_grid(config.parallel.tensor)
+            patience = config.faults.stalled_seconds
+            grid = start_process_grid(config.parallel.tensor, patience)
             say = say_on_first_rank(console)
             directory = RunDirectory(config.output)
-            store = CheckpointStore(directory.checkpoints, ControlGroup(), say)
+            store = CheckpointStore(directory.checkpoints, ControlGroup(patience), say)
             on_first_rank(lambda: directory.refuse_other_plan(config, spec.fingerprint, spec.bos))
             found = _find(store, config, checkpoint) if checkpoint else store.newest_whole(say)
             if found is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from rich.console import Console
 
 from megaphase.callbacks.batch_dump import BatchDump
@@ -49,11 +51,7 @@ def first_rank_callbacks(
     if config.logging.tensorboard:
         tasks = list(config.tasks)
         callbacks.append(TensorBoard(directory.tensorboard, resumed_step, directory.metrics, tasks))
-    settings, parent = settings_of(config), None if branch is None else branch.checkpoint
-    callbacks += [
-        tracker_feed(name, tracker, directory.metrics, settings, parent, say)
-        for name, tracker in config.logging.trackers()
-    ]
+    callbacks += tracker_feeds(config, branch, say)
     display = TrainingDisplay(
         console,
         steps=steps_before + sum(phase.steps for phase in plan.phases),
@@ -63,3 +61,19 @@ def first_rank_callbacks(
         validation_steps=config.validation.every_steps,
     )
     return [*callbacks, display]
+
+
+def tracker_feeds(
+    config: RunConfig, branch: Branch | None, say: Callable[[str], None]
+) -> list[Callback]:
+    """The feeds of the run's trackers; it has a metrics.jsonl.
+
+    Raises:
+        RunError: a tracker's folder cannot be made.
+    """
+    metrics = RunDirectory(config.output).metrics
+    settings, parent = settings_of(config), None if branch is None else branch.checkpoint
+    return [
+        tracker_feed(name, tracker, metrics, settings, parent, say)
+        for name, tracker in config.logging.trackers()
+    ]

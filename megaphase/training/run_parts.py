@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from functools import partial
+from typing import Any
 
 from rich.console import Console
 
@@ -31,7 +32,7 @@ from megaphase.training.engine import Engine
 from megaphase.training.evaluator import HeldOutEvaluator, Losses
 from megaphase.training.new_tokens import TrainedTokens
 from megaphase.training.phase_averages import PhaseAverages, load_average
-from megaphase.training.rank0_callbacks import first_rank_callbacks
+from megaphase.training.rank0_callbacks import first_rank_callbacks, tracker_feeds
 from megaphase.training.replica_check import ReplicaCheck
 from megaphase.training.resume import (
     load_checkpoint,
@@ -89,8 +90,8 @@ class RunParts:
             lambda: TrainedTokens.of(config, self.tokenizer.vocab_size, branch)
         )
         self.benchmarks = RunBenchmarks(config)
-        self.grid = start_process_grid(config.parallel.tensor)
-        self.control_group = ControlGroup()
+        self.grid = start_process_grid(config.parallel.tensor, config.faults.stalled_seconds)
+        self.control_group = ControlGroup(config.faults.stalled_seconds)
         self.directory = RunDirectory(config.output)
         self.store = CheckpointStore(self.directory.checkpoints, self.control_group, self.say)
         if branch is not None and branch.is_new:
@@ -208,10 +209,29 @@ class RunParts:
         self._last_validation: tuple[int, GPTShape, Losses, Losses | None] | None = None
         self._save_seconds = 0.0
 
-        self._resources.enter_context(self.callbacks)
+        self._open(self.callbacks)
         report_start(self.callbacks, self.checkpoint, self.branch, self.state.step)
         if self.history.doubt:
             self.say(self.history.doubt)
+
+    def finish_trackers(self) -> None:
+        """Give the trackers of a run that has nothing left to train what they did not take before
+        it ended, or all of it where one was added later."""
+        callbacks = CallbackList(self.say)
+        if self.grid.is_first and self.directory.metrics.is_file():
+            callbacks.extend(tracker_feeds(self.config, self.branch, self.say))
+        self._open(callbacks)
+
+    def _open(self, callbacks: CallbackList) -> None:
+        """Begin the callbacks, and close them at the end of the run."""
+        callbacks.__enter__()
+
+        def close(*error: Any) -> None:
+            # A tracker may take longer than a run may stand still.
+            with self.watchdog.patient("closing the logs"):
+                callbacks.__exit__(*error)
+
+        self._resources.push(close)
 
     def _profilers(self, steps: int) -> list[Callback]:
         """The profiler of the first steps, if that many are left."""

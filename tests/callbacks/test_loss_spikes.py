@@ -84,8 +84,9 @@ def trace_of(run_file: Path, step: int) -> str:
 def broken(corpora, tmp_path_factory):
     """Return a run whose losses are NaN from its second step on, and how it ended."""
     settings = settings_of(
-        corpora, 12, 1e-3, faults={"skip_batches": ALLOWED}, checkpoint={"every_steps": 2}
-    )
+        corpora, 12, 1e-3, faults={"skip_batches": ALLOWED}, checkpoint={"every_steps": 2},
+        logging={"every_steps": 5, "tensorboard": True},
+    )  # fmt: skip
     run_file = write_run_file(tmp_path_factory.mktemp("broken"), settings)
     return run_file, run("train", run_file, prepare=BREAK)
 
@@ -123,6 +124,7 @@ def test_what_skipped_steps_saw_is_written_down(broken):
 
 
 def test_started_again_it_counts_the_skipped_steps_before_its_checkpoint(broken):
+    """The row of the checkpoint's step, whose loss is no number, goes to TensorBoard again."""
     run_file, first = broken
     before = timeless(read_rows(run_file.parent / "run"))
     result = run("train", run_file, prepare=BREAK)

@@ -180,6 +180,26 @@ def test_a_folder_is_refused(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert MLflowConfig(experiment="e").find_fault() is None
 
 
+def test_a_store_is_the_same_in_every_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder `mlruns`, which MLflow itself would take and refuse, is passed over."""
+    (tmp_path / "mlruns" / "0").mkdir(parents=True)
+    (tmp_path / "mlruns" / "0" / "meta.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert MLflowConfig(experiment="e").uri() == f"sqlite:///{tmp_path}/mlflow.db"
+    relative = MLflowConfig(experiment="e", tracking_uri="sqlite:///a/b.db")
+    before = relative.target()
+    assert before["tracking_uri"] == f"sqlite:///{tmp_path}/a/b.db"
+    monkeypatch.chdir(tmp_path / "mlruns")
+    assert relative.target() != before
+    absolute = MLflowConfig(experiment="e", tracking_uri="sqlite:////data/b.db")
+    assert absolute.target()["tracking_uri"] == "sqlite:////data/b.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@tracker:5000")
+    assert MLflowConfig(experiment="e").target()["tracking_uri"] == "http://tracker:5000"
+
+
 def test_rows_whose_answer_was_lost_are_recorded_once(
     database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -173,6 +173,16 @@ def test_trackers_that_raise_and_hang_do_not_change_a_run(
     assert dropped[3] == "ConnectionError"
     assert not (tmp_path / "toy.jsonl").exists()
 
+    # The run is done, and one of the trackers works now.
+    del toy["fault"]
+    write_run_file(tmp_path, toy_settings(corpora, toy=toy, other=other))
+    said = run_well("train", path, prepare=add_toy)
+    assert "nothing to do" in said
+    assert "Warning: toy" not in said
+    found = [line["row"] for line in toy_lines(tmp_path / "toy.jsonl")]
+    assert timeless(found) == timeless(rows)
+    assert read_rows(tmp_path / "run") == rows
+
 
 def test_a_run_file_without_the_tracker_is_not_tracked(run_file: Path) -> None:
     config = load_run_file(run_file, ("logging={every_steps: 5}",))

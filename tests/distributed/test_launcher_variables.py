@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 
 import pytest
+import torch
 
 from megaphase import cli
 from megaphase.distributed import dist_env
+from megaphase.distributed.process_grid import join_processes
 from megaphase.utils.errors import InputError
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -77,3 +79,21 @@ def test_processes_that_are_not_told_where_to_meet(monkeypatch, missing):
     dist_env.check_launch()  # enough for `megaphase plan`
     with pytest.raises(InputError, match=f"{missing}: is not set, but WORLD_SIZE is 2"):
         dist_env.check_rendezvous()
+
+
+@pytest.mark.parametrize(
+    ("variables", "gpus", "said"),
+    [
+        ({"RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "16"}, 8,
+         "LOCAL_WORLD_SIZE: 16 processes on this machine see 8 GPUs; start one process for each"),
+        ({"RANK": "3", "LOCAL_RANK": "3"}, 1, "LOCAL_WORLD_SIZE: 4 processes on this machine see"),
+    ],
+)  # fmt: skip
+def test_every_rank_of_a_machine_with_fewer_gpus_says_so(variables, gpus, said, monkeypatch):
+    """Rank 0, too, which has one: it is the one that is heard."""
+    given(monkeypatch, WORLD_SIZE="16", MASTER_ADDR="127.0.0.1", MASTER_PORT="1", **variables)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(InputError) as error:
+        join_processes()
+    assert str(error.value).startswith(said)

@@ -83,6 +83,9 @@ class TrackerFeed(Callback):
                 f"Warning: {self._name}: {dropped:,} of {self._taken + dropped:,} records were "
                 f"dropped: {reason}; {self._metrics} has all of them"
             )
+        elif reason and self._rows.read < self._kept:
+            later = "what it lacks is recorded when the run is started again"
+            self.run.say(f"Warning: {self._name}: {reason}; {later}")
         elif reason:
             self.run.say(f"Warning: {self._name}: {reason}; no record was dropped")
 

@@ -31,8 +31,11 @@ MOST_TAG_CHARACTERS = 5000
 _NOT_IN_NAMES = re.compile(r"[^\w.\- ]")
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_USER = re.compile(r"(?<=://)[^/]*@")  # and the password
 _NAMED_SERVERS = ("databricks", "databricks-uc", "uc")
-_ALLOW_FOLDER = "MLFLOW_ALLOW_FILE_STORE"  # MLflow's own
+# MLflow's own variables.
+_ALLOW_FOLDER, _URI = "MLFLOW_ALLOW_FILE_STORE", "MLFLOW_TRACKING_URI"
+_SQLITE = "sqlite:///"
 
 # Metrics, since all of a request are stored in one transaction, as tags and metrics are not.
 _POSITION = ("position/step", "position/rows")
@@ -58,18 +61,29 @@ class MLflowConfig(TrackerConfig):
     name: Word | None = None
     """The run's name; that of the run directory if left out."""
 
+    def uri(self) -> str:
+        """The server or the database, which is the same in another current folder.
+
+        Where nothing says which, MLflow itself would take a folder `mlruns` that it finds, and then
+        refuse it.
+        """
+        uri = self.tracking_uri or os.environ.get(_URI) or f"{_SQLITE}mlflow.db"
+        if uri.startswith(_SQLITE) and ":memory:" not in uri:
+            return _SQLITE + os.path.abspath(uri.removeprefix(_SQLITE))
+        return uri
+
     def target(self) -> dict[str, str | None]:
-        return {"experiment": self.experiment, "tracking_uri": self.tracking_uri}
+        # Passwords are not stored.
+        return {"experiment": self.experiment, "tracking_uri": _USER.sub("", self.uri())}
 
     def find_fault(self) -> Fault | None:
-        variable = "MLFLOW_TRACKING_URI"
-        uri = self.tracking_uri or os.environ.get(variable) or ""
+        uri = self.uri()
         is_folder = _SCHEME.match(uri) is None and uri.partition(":")[0] not in _NAMED_SERVERS
-        if not uri or not (is_folder or uri.startswith("file:")) or os.environ.get(_ALLOW_FOLDER):
+        if not (is_folder or uri.startswith("file:")) or os.environ.get(_ALLOW_FOLDER):
             return None
         problem = f"{uri} is a folder, to which MLflow does not write any more"
         if self.tracking_uri is None:
-            problem = f"{variable}: {problem}"
+            problem = f"{_URI}: {problem}"
         return Fault("tracking_uri", problem, "give a server or sqlite:////data/mlflow.db")
 
     def build(self, run: TrackedRun) -> MLflowTracker:
@@ -96,7 +110,7 @@ class MLflowTracker(Tracker):
         if "MLFLOW_LOGGING_LEVEL" not in os.environ:
             for library in ("mlflow", "alembic"):  # which say how they make a database
                 logging.getLogger(library).setLevel(logging.WARNING)
-        self._client = MlflowClient(self._config.tracking_uri)
+        self._client = MlflowClient(self._config.uri())
         found = None if self._tracked.id is None else self._client.get_run(self._tracked.id)
         if found is None:
             found = self._create()
