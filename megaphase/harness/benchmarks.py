@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from megaphase.harness.results import BenchmarkResults, Groups, results_of
-from megaphase.harness.service import ModelService
+from megaphase.harness.service import ComputingError, ModelService
 from megaphase.utils.errors import InputError, RunError
 from megaphase.utils.validation_errors import hint
 
@@ -116,7 +116,7 @@ class Benchmarks:
                     bootstrap_iters=_RESAMPLES if choice.standard_errors else 0,
                     log_samples=False,
                 )
-            except (InputError, RunError):
+            except (InputError, RunError, ComputingError):
                 raise
             except Exception as error:  # whatever a task's own code raises
                 raise RunError(f"lm-evaluation-harness has failed: {_in_a_line(error)}") from error

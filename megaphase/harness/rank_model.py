@@ -45,6 +45,11 @@ class RankModel:
         self._forward = gpt if forward is None else forward
         self._partitioned = partitioned and grid.data_size > 1
 
+    @property
+    def waits_for_others(self) -> bool:
+        """Whether a forward pass of this rank waits for other ranks in its middle."""
+        return self._partitioned or self.tensor_size > 1
+
     def __call__(self, tokens: Tensor, *arguments: Any, **options: Any) -> Any:
         """`GPT.forward`."""
         if self._partitioned:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
+import torch
+
 from megaphase.decoding.generate import generate
 from megaphase.decoding.options import Continuation, Decoding
 from megaphase.distributed.all_ranks import Fault, result_or_fault
@@ -14,6 +16,7 @@ from megaphase.distributed.control_group import ControlGroup
 from megaphase.harness.rank_model import RankModel
 from megaphase.harness.scoring import Score, Scored, alike, batches, score
 from megaphase.tokenizer import Tokenizer
+from megaphase.utils.errors import RunError, one_line
 
 Result = TypeVar("Result")
 # A stop text may be generated in more tokens than it is encoded in.
@@ -26,6 +29,11 @@ class Continued(NamedTuple):
     prompt: list[int]
     how: Decoding
     stops: tuple[str, ...]
+
+
+class ComputingError(Exception):
+    """A rank has failed while others wait for it in the middle of a forward pass, so that the
+    processes can only end."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,7 @@ class ModelService:
 
         Raises:
             InputError, RunError: those of `action`, on every rank.
+            ComputingError: on the rank that has failed.
         """
         if self.model.grid.is_first:
             outcome = result_or_fault(action)
@@ -103,10 +112,23 @@ class ModelService:
 
     def _compute(self, requests: list[Scored] | list[Continued]) -> list[Any]:
         """Compute this rank's part; return the parts of all ranks, or what has failed on them."""
-        own = result_or_fault(lambda: self._own_part(requests))
+        own = self._own_part_or_fault(requests)
         self.model.join_others()
         is_copy = self.model.grid.tensor_rank > 0 and not isinstance(own, Fault)
         return self._control.gather({} if is_copy else own)
+
+    def _own_part_or_fault(self, requests: list[Scored] | list[Continued]) -> Any:
+        """Whatever a rank raises becomes a fault, which the others then get with its part."""
+        try:
+            return result_or_fault(lambda: self._own_part(requests))
+        except Exception as error:
+            text = one_line(" ".join(str(error).split()))
+            problem = f"rank {self._control.rank} has failed: {text or type(error).__name__}"
+            if isinstance(error, torch.OutOfMemoryError):
+                problem += "; a smaller batch needs less memory"
+            if self.model.waits_for_others:
+                raise ComputingError(problem) from error
+            return RunError(problem)
 
     def _own_part(self, requests: list[Scored] | list[Continued]) -> dict[int, Any]:
         grid = self.model.grid

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from distributed import check, launch
 from harness_support import (
@@ -48,7 +49,7 @@ from megaphase.generation.model import load_model
 from megaphase.harness.benchmarks import BenchmarkChoice, Benchmarks, require_harness
 from megaphase.harness.language_model import ServedModel
 from megaphase.harness.rank_model import RankModel
-from megaphase.harness.service import ModelService
+from megaphase.harness.service import ComputingError, ModelService
 from megaphase.report.benchmarks import benchmark_table
 from megaphase.report.load_run import load_run
 from megaphase.report.numbers import write_numbers
@@ -397,3 +398,37 @@ def test_an_extra_that_is_missing_is_named(
     monkeypatch.setitem(sys.modules, "lm_eval.evaluator", None)
     with pytest.raises(InputError, match=r'pip install "megaphase\[lm-eval\]"'):
         require_harness("--harness")
+
+
+class _Alone:
+    """A control group of one rank."""
+
+    rank = 0
+
+    def from_first_rank(self, fact: Any) -> Any:
+        return fact
+
+    def gather(self, fact: Any) -> list[Any]:
+        return [fact]
+
+
+@pytest.mark.parametrize(("tensor", "expected"), [(1, RunError), (2, ComputingError)])
+def test_what_a_rank_raises_reaches_all_ranks_or_ends_them(
+    tensor: int, expected: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a model of several ranks the others wait in the middle of its forward pass."""
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    monkeypatch.setattr(ModelService, "_own_part", fail)
+    model: Any = SimpleNamespace(
+        grid=SimpleNamespace(is_first=True, tensor_rank=0),
+        waits_for_others=tensor > 1,
+        join_others=lambda: None,
+    )
+    nothing: Any = None
+    control: Any = _Alone()
+    service = ModelService(model, nothing, control, batch=2)
+    with pytest.raises(expected, match=r"rank 0 has failed: CUDA out of memory\. .*; a smaller"):
+        service.serve(lambda: service.score([nothing]))
