@@ -137,7 +137,9 @@ class Attention(CostedLayer):
         if rows := attention_mask_rows(rank, self.rule):
             # Added to the scores of all heads.
             saved["mask"] = rows * rank.compute_bytes * shape.seq_len
-        if (rank.masked or self.rule.window is not None) and shape.kv_heads < shape.heads:
+        in_fp32_on_gpu = rank.device == "cuda" and not rank.bf16
+        one_by_one = rank.masked or self.rule.window is not None or in_fp32_on_gpu
+        if one_by_one and shape.kv_heads < shape.heads:
             saved["repeated"] = 2 * queries
         return saved
 
@@ -145,10 +147,10 @@ class Attention(CostedLayer):
         """Scores, their gradients and what these are computed from, where no kernel is fused."""
         if self.rule.softcap is None or rank.device == "cuda":
             return 0
-        scores = self.shape.heads // rank.tensor * rank.seq_len**2
-        return (
-            4 * FP32_BYTES * max(scores, min(SCORES_AT_ONCE, scores * rank.tokens // rank.seq_len))
-        )
+        of_a_head = rank.tokens * rank.seq_len
+        of_a_key = self.shape.heads // self.shape.kv_heads * rank.seq_len**2
+        scores = min(SCORES_AT_ONCE, self.shape.heads // rank.tensor * of_a_head)
+        return 4 * FP32_BYTES * max(of_a_key, scores)
 
     def backward_stages(self, rank: Rank) -> Sequence[BackwardStage]:
         """`out`, attention, rotary positions, norm of queries and keys, `qkv`."""

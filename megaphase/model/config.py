@@ -93,10 +93,15 @@ class RotaryScalingConfig(Section):
             assert self.high_freq_factor is not None
             if self.high_freq_factor <= self.low_freq_factor:
                 raise ValueError("high_freq_factor is not above low_freq_factor; raise it")
+        if self.type == "yarn":
+            assert self.beta_fast is not None
+            assert self.beta_slow is not None
+            if self.beta_fast <= self.beta_slow:
+                raise ValueError("beta_fast is not above beta_slow; raise it")
         return self
 
 
-RotaryBase = Annotated[float, Field(ge=1, le=1e15)]
+RotaryBase = Annotated[float, Field(gt=1, le=1e15)]
 
 
 class RotaryConfig(Section):

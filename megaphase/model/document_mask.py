@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from megaphase.model.attention_rule import PLAIN, AttentionRule
-from megaphase.ops.attention import attention
+from megaphase.ops.attention import attention, each_head
 from megaphase.ops.capped_attention import (
     block_mask,
     capped_attention,
@@ -96,7 +96,7 @@ def attend_within(
     the host waits for the device where it takes them.
     """
     if rule.softcap is not None:
-        if documents.device.type == "cuda":
+        if _compiles_capped(documents.device):
             return _Flex(block_mask(documents, rule.window), rule)
         return _Capped(own_document_mask(documents, rule.window), rule)
     if takes_bounds(documents.device, dtype):
@@ -113,7 +113,7 @@ def attend_before(tokens: Tensor, dtype: torch.dtype, rule: AttentionRule = PLAI
     (rows, seq), device = tokens.shape, tokens.device
     window = None if rule.window is None or rule.window >= seq else rule.window
     if rule.softcap is not None:
-        if device.type == "cuda":
+        if _compiles_capped(device):
             return _Flex(causal_block_mask(seq, window, device), rule)
         return _Capped(_row_mask(seq, window, device), rule)
     if window is None:
@@ -124,9 +124,10 @@ def attend_before(tokens: Tensor, dtype: torch.dtype, rule: AttentionRule = PLAI
     return _Masked(_row_mask(seq, window, device), rule)
 
 
-def _each_head(x: Tensor, heads: int) -> Tensor:
-    """Keys or values once for every query head that shares them."""
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+def _compiles_capped(device: torch.device) -> bool:
+    """Whether capped scores are computed by FlexAttention, which compiles a kernel for every shape:
+    not in generation and scoring, whose shapes are many, and whose tensors take no gradients."""
+    return device.type == "cuda" and not torch.is_inference_mode_enabled()
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class _Masked:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # The fused GPU kernel that takes a mask knows no groups; without it, the scores of all
         # heads would be stored.
-        k, v = (_each_head(x, q.shape[1]) for x in (k, v))
+        k, v = (each_head(x, q.shape[1]) for x in (k, v))
         return attention(q, k, v, self.mask, self.rule.scale)
 
 
@@ -176,7 +177,7 @@ class _VariableLength:
         from torch.nn.attention.varlen import varlen_attn
 
         rows, heads, seq, _ = q.shape
-        q, k, v = (_each_head(x, heads).transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+        q, k, v = (each_head(x, heads).transpose(1, 2).flatten(0, 1) for x in (q, k, v))
         y = varlen_attn(
             q,
             k,

@@ -9,7 +9,8 @@ called with:
   cuDNN's gradient is not deterministic.
 - Rows of several documents, or with a sliding window, in bf16: flash attention over their bounds
   (`varlen_attn`).
-- In fp32, or with a mask on cards before compute capability 8.0: the memory-efficient kernel.
+- In fp32, or with a mask on cards before compute capability 8.0: the memory-efficient kernel, which
+  knows no grouped queries: keys and values are repeated for it.
 - Capped scores: FlexAttention, see `ops.capped_attention`.
 - Generation, where every token has one key more: see `without_plans`.
 
@@ -40,9 +41,11 @@ def attention(
     kv_heads; by default itself and all before. scale: of the scores, 1 / √head_dim by default.
     Returns the queries' shape.
     """
-    dtype, grouped = q.dtype, q.shape[1] > k.shape[1]
+    dtype = q.dtype
     if is_widened(q) or _is_faster_in_fp32(q, k):
         q, k, v = q.float(), k.float(), v.float()
+    if not _has_grouped_kernel(q):
+        k, v = (each_head(x, q.shape[1]) for x in (k, v))
     y = F.scaled_dot_product_attention(
         q,
         k,
@@ -50,9 +53,23 @@ def attention(
         mask,
         is_causal=mask is None,
         scale=scale,
-        enable_gqa=grouped and mask is None,
+        enable_gqa=q.shape[1] > k.shape[1] and mask is None,
     )
     return y.to(dtype)
+
+
+def each_head(x: Tensor, heads: int) -> Tensor:
+    """Keys or values [batch, kv_heads, seq, head_dim] once for every query head that shares
+    them."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def _has_grouped_kernel(q: Tensor) -> bool:
+    """Whether a fused kernel for these queries knows grouped ones; otherwise torch would compute
+    and store the scores of all heads."""
+    if q.device.type != "cuda":
+        return True
+    return q.dtype == torch.bfloat16 and torch.cuda.get_device_capability()[0] >= 8
 
 
 def _is_faster_in_fp32(q: Tensor, k: Tensor) -> bool:

@@ -1,16 +1,17 @@
 """Attention whose scores are capped (Gemma 2): softmax(cap tanh(scale q kᵀ / cap)) v.
 
-torch's fused kernels know no cap. On a GPU FlexAttention compiles the formula to one kernel, which
-skips the blocks of a mask that nobody sees. Elsewhere the scores of some rows at a time are
-computed, and again in the backward pass, so that none are saved.
+torch's fused kernels know no cap. In training on a GPU FlexAttention compiles the formula to one
+kernel, which skips the blocks of a mask that nobody sees. Elsewhere the scores of some rows and
+heads at a time are computed, and again in the backward pass, so that none are saved.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from megaphase.ops.kernels import OPTIONS, allow_graphs
 
-# Most scores that are computed at once without FlexAttention, if those of a row are not more.
+# Most scores that are computed at once without FlexAttention, if those of the queries that share a
+# key are not more.
 SCORES_AT_ONCE = 1 << 24
 
 
@@ -106,40 +108,58 @@ class _Capped(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, mask)
         ctx.scale, ctx.cap = scale, cap
         out = torch.empty_like(q)
-        for rows in _parts(q, k):
-            probabilities, _ = _probabilities(q[rows], k[rows], _of(mask, rows), scale, cap)
-            out[rows] = (probabilities @ _shared(v[rows])).reshape(out[rows].shape)
+        for part in _parts(q, k):
+            probabilities, _ = _probabilities(part.q(q), part.k(k), part.mask(mask), scale, cap)
+            own = part.q(out)
+            own.copy_((probabilities @ _shared(part.k(v))).reshape(own.shape))
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, mask = ctx.saved_tensors
         found = tuple(torch.empty_like(each) for each in (q, k, v))
-        for rows in _parts(q, k):
-            mine, keys, values = _grouped(q[rows], k), _shared(k[rows]), _shared(v[rows])
-            grad = _grouped(grads[0][rows], k)
-            probabilities, bent = _probabilities(
-                q[rows], k[rows], _of(mask, rows), ctx.scale, ctx.cap
-            )
+        for part in _parts(q, k):
+            own_q, own_k = part.q(q), part.k(k)
+            mine, keys, values = _grouped(own_q, own_k), _shared(own_k), _shared(part.k(v))
+            grad = _grouped(part.q(grads[0]), own_k)
+            probabilities, bent = _probabilities(own_q, own_k, part.mask(mask), ctx.scale, ctx.cap)
             inner = grad @ values.transpose(-1, -2)
             inner -= (inner * probabilities).sum(-1, keepdim=True)
             # cap tanh(s / cap) has the slope 1 - tanh².
             inner *= probabilities * (1 - bent.square_()) * ctx.scale
-            found[0][rows] = (inner @ keys).reshape(q[rows].shape)
-            found[1][rows] = (inner.transpose(-1, -2) @ mine).sum(2)
-            found[2][rows] = (probabilities.transpose(-1, -2) @ grad).sum(2)
+            part.q(found[0]).copy_((inner @ keys).reshape(own_q.shape))
+            part.k(found[1]).copy_((inner.transpose(-1, -2) @ mine).sum(2))
+            part.k(found[2]).copy_((probabilities.transpose(-1, -2) @ grad).sum(2))
         return *found, None, None, None
 
 
-def _parts(q: Tensor, k: Tensor) -> list[slice]:
-    """Slices of the rows, whose scores are computed at once."""
-    each = q.shape[1] * q.shape[2] * k.shape[2]
-    size = max(SCORES_AT_ONCE // each, 1)
-    return [slice(first, first + size) for first in range(0, len(q), size)]
+class _Part(NamedTuple):
+    """Rows and heads whose scores are computed at once. groups: queries of each key."""
+
+    rows: slice
+    kv_heads: slice
+    groups: int
+
+    def q(self, x: Tensor) -> Tensor:
+        """Of queries, or what has their shape."""
+        first, last = self.kv_heads.start * self.groups, self.kv_heads.stop * self.groups
+        return x[self.rows, first:last]
+
+    def k(self, x: Tensor) -> Tensor:
+        """Of keys or values."""
+        return x[self.rows, self.kv_heads]
+
+    def mask(self, mask: Tensor) -> Tensor:
+        return mask if len(mask) == 1 else mask[self.rows]
 
 
-def _of(mask: Tensor, rows: slice) -> Tensor:
-    return mask if len(mask) == 1 else mask[rows]
+def _parts(q: Tensor, k: Tensor) -> Iterator[_Part]:
+    kv_heads, groups = k.shape[1], q.shape[1] // k.shape[1]
+    heads_at_once = SCORES_AT_ONCE // (groups * q.shape[2] * k.shape[2])
+    heads = min(max(heads_at_once, 1), kv_heads)
+    rows = max(heads_at_once // kv_heads, 1)
+    for row, head in product(range(0, len(q), rows), range(0, kv_heads, heads)):
+        yield _Part(slice(row, row + rows), slice(head, head + heads), groups)
 
 
 def _grouped(q: Tensor, k: Tensor) -> Tensor:

@@ -110,7 +110,8 @@ def learning_rate(config: LearningRateConfig, step: int, steps: int) -> float:
     start = config.warmup_steps
     if config.schedule == "wsd":
         assert config.decay_steps is not None
-        start = max(start, steps - config.decay_steps)
+        # The first of the last `decay_steps` still has the peak, but if it is the only one.
+        start = max(start, steps - max(config.decay_steps, 2))
     progress = _progress(step, start, steps - 1)
     falling = 1 - progress
     if config.schedule == "cosine":

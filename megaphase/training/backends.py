@@ -58,6 +58,7 @@ def choose_backends(config: RunConfig) -> Backends:
             f"{name} does not step weights that parallel.offload: nvme stores on a disk",
             "write offload: cpu, or name adamw",
         )
+    _check_capped_attention(config)
     missing = _missing_for_apex(APEX_OPTIMIZER)
     if config.parallel.offload != "none":
         missing = "the optimizer state on the GPU, and parallel.offload moves it"
@@ -65,10 +66,24 @@ def choose_backends(config: RunConfig) -> Backends:
         missing = f"optimizer.name adamw, and it is {name}"
     compiled = _compiles(config)
     # Compiled norms compute the residual sum in the same pass, which apex's do not.
-    norm = _takes_apex(config, "norm", _missing_for_apex(APEX_NORM), preferred=not compiled)
+    without_norm = _missing_for_apex(APEX_NORM)
+    if config.model.zero_centered_norms:
+        without_norm = "norms that are not zero-centered (model.zero_centered_norms)"
+    norm = _takes_apex(config, "norm", without_norm, preferred=not compiled)
     optimizer = _takes_apex(config, "optimizer", missing)
     kernels = Kernels(compiled=compiled, apex_norm=norm)
     return Backends(kernels, "apex" if optimizer else "torch")
+
+
+def _check_capped_attention(config: RunConfig) -> None:
+    if config.model.attention_softcap is None or device().type != "cuda":
+        return
+    if missing := _missing_to_compile():
+        raise InputError(
+            config.where("model.attention_softcap"),
+            f"is computed on a GPU by FlexAttention, which needs {missing}",
+            "install it",
+        )
 
 
 def _compiles(config: RunConfig) -> bool:

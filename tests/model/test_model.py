@@ -187,6 +187,11 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         {},
         ["model.rotary_scaling", "learned"],
     ),
+    "base of learned positions": (
+        SIZES | {"position": "learned", "rotary_base": 5e5},
+        {},
+        ["model.rotary_base", "learned"],
+    ),
     "odd rotary_dim": (SIZES | {"rotary_dim": 3}, {}, ["model.rotary_dim", "3", "8"]),
     "wide rotary_dim": (SIZES | {"rotary_dim": 10}, {}, ["model.rotary_dim", "10", "8"]),
     "rotated learned positions": (
@@ -254,6 +259,10 @@ def test_sizes_that_do_not_fit_are_refused(case: str) -> None:
             "high_freq_factor is not above low_freq_factor",
         ),
         ({"type": "yarn", "factor": 2.0}, "yarn needs original_seq_len"),
+        (
+            {"type": "yarn", "factor": 2.0, "original_seq_len": 64, "beta_fast": 1.0},
+            "beta_fast is not above beta_slow",
+        ),
     ],
 )
 def test_scalings_of_rotary_positions_that_are_none(scaling: dict[str, Any], words: str) -> None:

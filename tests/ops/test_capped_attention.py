@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
 from megaphase.model.attention_rule import AttentionRule
-from megaphase.model.document_mask import _Flex, attend_before, attend_within
+from megaphase.model.document_mask import _Capped, _Flex, attend_before, attend_within
 from megaphase.ops import capped_attention
 from megaphase.ops.capped_attention import block_mask, causal_block_mask
 
@@ -113,12 +113,17 @@ def test_flex_attention_computes_the_same(name: str, packed: bool) -> None:
         assert_close(each, wanted, 16 * FP32_ROUNDOFF)
 
 
-def test_parts_of_the_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where all scores at once were too many."""
+@pytest.mark.parametrize("most", [HEADS * SEQ * SEQ, SEQ * SEQ])
+def test_parts_of_the_rows_and_heads_change_nothing(
+    most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where all scores at once were too many, or those of a row."""
     tensors = inputs(2)
     attend = attend_before(DOCUMENTS, torch.float32, RULES["all"])
     together = with_gradients(attend, *tensors)
-    monkeypatch.setattr(capped_attention, "SCORES_AT_ONCE", HEADS * SEQ * SEQ)
+    monkeypatch.setattr(capped_attention, "SCORES_AT_ONCE", most)
+    parts = list(capped_attention._parts(*tensors[:2]))
+    assert len(parts) == ROWS * (1 if most > SEQ * SEQ else 2)
     for each, wanted in zip(with_gradients(attend, *tensors), together, strict=True):
         assert_close(each, wanted)
 
@@ -130,3 +135,20 @@ def test_nothing_of_the_scores_is_saved() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         attend(q.requires_grad_(), k, v)
     assert sum(each.numel() for each in kept) == 3 * math.prod(q.shape) + SEQ * SEQ
+
+
+def test_only_training_compiles_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scoring and generation have too many shapes."""
+    compiled: list[int] = []
+    monkeypatch.setattr(
+        "megaphase.model.document_mask.causal_block_mask",
+        lambda seq, window, device: compiled.append(seq),
+    )
+    monkeypatch.setattr("megaphase.model.document_mask._row_mask", lambda *_: torch.ones(1))
+    tokens = torch.zeros((1, SEQ), dtype=torch.int64, device="meta")
+    monkeypatch.setattr(Tensor, "device", torch.device("cuda", 0))
+    attend_before(tokens, torch.bfloat16, RULES["cap"])
+    assert compiled == [SEQ]
+    with torch.inference_mode():
+        assert isinstance(attend_before(tokens, torch.bfloat16, RULES["cap"]), _Capped)
+    assert compiled == [SEQ]

@@ -35,6 +35,7 @@ from megaphase.model.gpt import GPT
 from megaphase.model.presets import build_shape
 from megaphase.model.shape import GPTShape
 from megaphase.ops import rms_norm
+from megaphase.ops.attention import attention
 from megaphase.ops.kernels import EAGER, Kernels
 from megaphase.ops.matmul import matmul
 from megaphase.optim.optimizer import build_optimizer
@@ -373,8 +374,48 @@ def test_what_is_there_is_chosen(monkeypatch: Any) -> None:
     assert choose_backends(run_config()) == compiled
     assert choose_backends(parts(norm="apex")).kernels == Kernels(compiled=True, apex_norm=True)
     assert choose_backends(parts(kernels="eager")).kernels == Kernels(apex_norm=True)
+    centered = parts()
+    model = centered.model.model_copy(update={"zero_centered_norms": True})
+    centered = centered.model_copy(update={"model": model})
+    assert choose_backends(centered) == compiled
+    asked = centered.parts.model_copy(update={"norm": "apex"})
+    with pytest.raises(InputError, match=r"parts\.norm: apex needs norms that are not zero"):
+        choose_backends(centered.model_copy(update={"parts": asked}))
     there |= {"apex.optimizers", "amp_C"}
     assert choose_backends(parts(kernels="eager", norm="torch")) == Backends(EAGER, "apex")
+
+
+def test_capped_scores_on_a_gpu_need_a_compiler(monkeypatch: Any) -> None:
+    config = run_config()
+    capped = config.model_copy(
+        update={"model": config.model.model_copy(update={"attention_softcap": 50.0})}
+    )
+    choose_backends(capped)
+    monkeypatch.setattr("megaphase.training.backends.device", lambda: torch.device("cuda"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"model\.attention_softcap: .* which needs Triton"):
+        choose_backends(capped)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_grouped_queries_without_a_kernel_for_them(kv_heads: int, monkeypatch: Any) -> None:
+    """In fp32 on a GPU keys and values are repeated, so that a fused kernel takes them."""
+    asked: list[bool] = []
+    inner = F.scaled_dot_product_attention
+
+    def noting(*arguments: Any, enable_gqa: bool, **options: Any) -> Tensor:
+        asked.append(enable_gqa)
+        return inner(*arguments, enable_gqa=enable_gqa, **options)
+
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, heads, 5, 8, generator=generator) for heads in (4, kv_heads, kv_heads)
+    )
+    expected = attention(q, k, v)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noting)
+    monkeypatch.setattr("megaphase.ops.attention._has_grouped_kernel", lambda q: False)
+    assert_close(attention(q, k, v), expected)
+    assert asked == [False]
 
 
 def parts(**asked: str) -> Any:

@@ -47,6 +47,11 @@ TABLES = {
         20,
         WARM_UP_OF_4 | {10: 1.0, 16: 1.0, 17: 0.7, 18: 0.4, 19: 0.1},
     ),
+    "wsd that decays in one step": (
+        schedule("wsd", warmup_steps=1, decay_steps=1),
+        5,
+        {0: 0.5, 1: 1.0, 2: 1.0, 3: 1.0, 4: 0.1},
+    ),
     "wsd that decays for longer than the phase": (
         schedule("wsd", warmup_steps=1, decay_steps=100),
         5,
