@@ -117,9 +117,14 @@ def slurm_command(
         str, typer.Option(help="More options for sbatch: '--qos=high --constraint=ib'.")
     ] = "",
     memory: Annotated[
-        float,
-        typer.Option(min=1, max=1e9, callback=finite, help="Nominal memory of one GPU in GB."),
-    ] = 80.0,
+        float | None,
+        typer.Option(
+            min=1,
+            max=1e9,
+            callback=finite,
+            help="Nominal memory of one GPU in GB; that of hardware.card if left out.",
+        ),
+    ] = None,
     restarts: Annotated[
         int,
         typer.Option(min=0, max=MOST, help="Most restarts in a row without progress."),
@@ -157,6 +162,9 @@ def slurm_command(
 
     if run_file is None:
         raise InputError("launch slurm", "there is no run file", "give one, or --pipeline")
+    if tasks_per_node is not None and gpus_per_node:
+        problem = "applies to nodes without GPUs"
+        raise InputError("--tasks-per-node", problem, "add --gpus-per-node 0, or leave it out")
     named = {"time": time, "partition": partition, "account": account}
     given = [f"--{key}={value}" for key, value in named.items() if value is not None]
     resources = Resources(

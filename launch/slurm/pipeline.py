@@ -25,6 +25,7 @@ from megaphase.launch.slurm.script import (
     batch_script,
     check_memory,
     command_script,
+    ending_seconds,
     node_options,
     refuse_pattern,
     sbatch_options,
@@ -139,12 +140,12 @@ class Training:
     Attributes:
         arguments: of `megaphase train`; with %task if the step is an array.
         outputs: the run directory of each task.
-        silent_seconds: see FaultsConfig.
+        ending_seconds: see `script.ending_seconds`.
     """
 
     arguments: list[str]
     outputs: list[Path]
-    silent_seconds: float
+    ending_seconds: float
 
 
 class Pipeline(Section):
@@ -326,7 +327,7 @@ def _training(pipeline: Pipeline, name: str, step: Step, program: Any) -> Traini
     options = train_options(given["source"], given["profile"], given["profile_steps"])
     run_file = str(pipeline.folder / given["run_file"])
     arguments = [run_file, *(given["overrides"] or []), *options]
-    return Training(arguments, outputs, config.faults.silent_seconds)
+    return Training(arguments, outputs, ending_seconds(config))
 
 
 def _script(pipeline: Pipeline, name: str, step: Step) -> str:
@@ -340,7 +341,7 @@ def _script(pipeline: Pipeline, name: str, step: Step) -> str:
         pipeline.logs_folder,
         training.arguments,
         prefix=f"{name}-",
-        silent_seconds=training.silent_seconds,
+        ending_seconds=training.ending_seconds,
     )
     return re.sub(r"(?m)^run=.*$", lambda line: filled(line[0], _TASK, step.array), text)
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megaphase.config.run import RunConfig
 from megaphase.utils.errors import InputError
 
 # Time in which the processes should end after one was found dead.
@@ -122,6 +123,16 @@ def template() -> str:
     return importlib.resources.files("megaphase.launch").joinpath("train.sbatch").read_text()
 
 
+def ending_seconds(config: RunConfig) -> float:
+    """Return how long the processes of a run may take to end after the first of them has.
+
+    They find that one is dead within `faults.silent_seconds`; rank 0 waits for its trackers, one
+    after the other, while the others have ended.
+    """
+    trackers = sum(tracker.wait_seconds for _, tracker in config.logging.trackers())
+    return config.faults.silent_seconds + trackers + _LEAVING_SECONDS
+
+
 def batch_script(
     resources: Resources,
     name: str,
@@ -129,7 +140,7 @@ def batch_script(
     arguments: Sequence[str],
     *,
     prefix: str = "",
-    silent_seconds: float | None = None,
+    ending_seconds: float | None = None,
 ) -> str:
     """Return the script of a run, which takes no arguments.
 
@@ -137,7 +148,7 @@ def batch_script(
         name: of the job.
         logs: the folder of its output, in files that begin with `prefix` and the job's id.
         arguments: of `megaphase train`: run file, overrides, options.
-        silent_seconds: see FaultsConfig; None: the script's default.
+        ending_seconds: see `ending_seconds`; None: the script's default.
     """
     header = {
         "job-name": name,
@@ -158,8 +169,8 @@ def batch_script(
         "logs": f'{shlex.quote(f"{logs}/{prefix}")}"$SLURM_JOB_ID-%N.log"',
         "run": f"({shlex.join(arguments)})",
     }
-    if silent_seconds is not None:
-        settings["patience"] = str(math.ceil(silent_seconds + _LEAVING_SECONDS))
+    if ending_seconds is not None:
+        settings["patience"] = str(math.ceil(ending_seconds))
     text = _with_header(template(), header)
     for variable, value in settings.items():
         line = re.compile(rf"^{variable}=.*$", re.MULTILINE)

@@ -5,17 +5,24 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 from megaphase.config.run import RunConfig
-from megaphase.estimate.hardware import hardware_of
+from megaphase.estimate.hardware import hardware_of, planned_card
 from megaphase.estimate.memory_table import memory_sentences, memory_summary
 from megaphase.estimate.setup import PhaseSetup
 from megaphase.estimate.step_time_table import NO_TIME, duration, run_seconds, time_sentence
 from megaphase.launch.slurm.job_file import FOLDER, SubmittedJob, refuse_second_job, remember_job
-from megaphase.launch.slurm.script import Resources, batch_script, refuse_pattern, time_limit
+from megaphase.launch.slurm.script import (
+    Resources,
+    batch_script,
+    ending_seconds,
+    refuse_pattern,
+    time_limit,
+)
 from megaphase.plan.branch import choose_branch
 from megaphase.plan.held_out_noise import held_out_warnings
 from megaphase.plan.load_plan import open_run, phase_setups, preview_plan, stage_setups
@@ -34,10 +41,12 @@ def check(
     overrides: Sequence[str],
     source: str | None,
     resources: Resources,
-    gpu_memory_gb: float,
+    gpu_memory_gb: float | None,
     console: Console,
 ) -> RunConfig:
     """Check run file, tokenizer, corpora, layout and memory, build the plan, and print a summary.
+
+    gpu_memory_gb: of a GPU; None: that of the card that the run file names.
 
     Raises:
         InputError: the run cannot start, or does not fit.
@@ -50,7 +59,7 @@ def check(
     branch = choose_branch(config, source)
     TrainedTokens.of(config, tokenizer.vocab_size, branch)
     setups = phase_setups(config, tokenizer, resources.processes)
-    needed = memory_summary(setups, gpu_memory_gb)
+    needed = memory_summary(setups, gpu_memory_gb or planned_card(config).memory_gb)
     sentences = memory_sentences(needed)
     if resources.gpus and not needed["layouts"][0]["fits"]:
         raise InputError(config.where("parallel"), sentences[-1], "or set --memory")
@@ -73,6 +82,8 @@ def _time_sentences(
     hardware = hardware_of(config)
     if hardware is None:
         return [NO_TIME]
+    if config.hardware.gpus_per_node is None:
+        hardware = replace(hardware, gpus_per_node=resources.tasks_per_node)
     phases, limit = stage_setups(setups, plan.spec.phases), time_limit(resources)
     sentences = [time_sentence(hardware, phases)]
     if limit is not None:
@@ -108,7 +119,7 @@ def script_for(
         f"megaphase-{config.output.name}",
         logs_folder(config.output),
         arguments,
-        silent_seconds=config.faults.silent_seconds,
+        ending_seconds=ending_seconds(config),
     )
 
 

@@ -66,3 +66,43 @@ def test_a_tracker_that_cannot_be_used(
     assert line.startswith(
         f"{run_file}: logging.mlflow.tracking_uri: file:///data/runs is a folder"
     )
+
+
+def test_memory_is_that_of_the_card_of_the_run_file(corpora: Path, tmp_path: Path) -> None:
+    settings = run_settings(corpora) | {
+        "model": {"preset": "gpt-6.7b", "seq_len": 32}, "precision": "bf16",
+    }  # fmt: skip
+    run_file = write_run_file(tmp_path, settings)
+    layout = ("--dry-run", "--nodes", 1, "--gpus-per-node", 2)
+
+    def refused(*arguments: object) -> str:
+        said = run("launch", "slurm", run_file, *arguments, *layout)
+        assert (said.returncode, said.stdout) == (2, "")
+        return said.stderr
+
+    assert "The run does not fit 40 GB: " in refused("hardware={card: a100-40gb}")
+    assert "The run does not fit 80 GB: " in refused("hardware={card: h100-sxm}")
+    large = "hardware={card: h200-sxm}"
+    run_well("launch", "slurm", run_file, large, *layout)
+    assert "The run does not fit 80 GB: " in refused(large, "--memory", 80)
+
+
+def test_processes_of_a_node_are_those_of_its_gpus(corpora: Path, tmp_path: Path) -> None:
+    run_file = write_run_file(tmp_path, run_settings(corpora))
+    said = run("launch", "slurm", run_file, "--dry-run", "--nodes", 2, "--tasks-per-node", 4)
+    assert said.returncode == 2
+    assert said.stderr == (
+        "megaphase: --tasks-per-node: applies to nodes without GPUs; add --gpus-per-node 0, or "
+        "leave it out\n"
+    )
+
+
+def test_rank_0_may_wait_for_its_trackers(corpora: Path, tmp_path: Path) -> None:
+    """The job does not end it meanwhile, since the other ranks have ended."""
+    logging = {
+        "mlflow": {"experiment": "languages", "tracking_uri": "http://a", "wait_seconds": 300},
+        "wandb": {"project": "languages", "mode": "offline"},
+    }  # fmt: skip
+    settings = run_settings(corpora, faults={"silent_seconds": 20}, logging=logging)
+    script = run_well("launch", "slurm", write_run_file(tmp_path, settings), *OPTIONS)
+    assert "\npatience=365\n" in script
