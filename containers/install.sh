@@ -16,5 +16,4 @@ PYTHON
 "$python" -m pip install --no-cache-dir --constraint "$constraints" "$source"
 # What is installed must fit together, and import.
 "$python" -m pip check
-megaphase=$(dirname "$(command -v "$python")")/megaphase
-"$megaphase" --version
+"$python" -m megaphase --version

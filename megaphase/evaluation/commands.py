@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from megaphase.config.run import RunConfig
     from megaphase.training.evaluate import Evaluation
 
+_ROWS = 8  # of full length, that benchmarks compute at a time
 _TITLES = {
     EvaluatedSplit.VALIDATION: "Held-out losses",
     EvaluatedSplit.TEST: "Losses of the test split",
@@ -68,7 +69,7 @@ def evaluate_command(
         typer.Option(
             metavar="TASKS",
             help="Benchmarks of lm-evaluation-harness instead of losses: names of tasks, groups or "
-            "tags, or patterns such as 'belebele_*_Latn', separated by commas; repeatable. See "
+            "tags, or patterns such as `'belebele_*_Latn'`, separated by commas; repeatable. See "
             "docs/benchmarks.md.",
         ),
     ] = None,
@@ -87,7 +88,7 @@ def evaluate_command(
         typer.Option(
             metavar="GROUP=TASKS",
             help="Benchmarks whose mean figures are wanted, such as those of a language: "
-            "en=belebele_eng_Latn,xstorycloze_en or fr='*_fra_*'; repeatable. By default "
+            "`en=belebele_eng_Latn,xstorycloze_en` or `fr='*_fra_*'`; repeatable. By default "
             "validation.harness.groups.",
         ),
     ] = None,
@@ -100,13 +101,14 @@ def evaluate_command(
         ),
     ] = None,
     batch: Annotated[
-        int,
+        int | None,
         typer.Option(
             min=1,
             max=MOST,
             help="With --harness, texts of full length at a time; affects only speed and memory.",
+            show_default="8",
         ),
-    ] = 8,
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
     out: Annotated[
         Path | None, typer.Option(callback=named, metavar="FILE", help="Write the figures as JSON.")
@@ -127,7 +129,7 @@ def evaluate_command(
     from megaphase.utils.files import atomic_write_json, check_place
 
     for_harness: dict[str, object] = {"--tasks-path": tasks_path, "--limit": limit}
-    for_harness |= {"--fewshot": fewshot, "--group": group, "--tensor": tensor}
+    for_harness |= {"--fewshot": fewshot, "--group": group, "--tensor": tensor, "--batch": batch}
     for_losses: dict[str, object] = {"--split": split, "--samples": samples}
     if harness is None:
         _refuse_all(for_harness, "is for benchmarks", "give --harness, too")
@@ -164,7 +166,8 @@ def evaluate_command(
                 parse_groups(group) if group else model.groups,
                 all_groups_needed=bool(group),
             )
-            found = evaluate_benchmarks(model, choice, batch, signals, average=average)
+            rows = _ROWS if batch is None else batch
+            found = evaluate_benchmarks(model, choice, rows, signals, average=average)
             if found is None:
                 return
             figures = {"step": model.step, "checkpoint": str(model.checkpoint), **found.as_json()}

@@ -16,6 +16,7 @@ from megaphase.utils.arguments import (
     finite,
     named,
 )
+from megaphase.utils.errors import InputError
 from megaphase.utils.standard_streams import new_console
 
 # Logits divided by a smaller number overflow.
@@ -24,12 +25,16 @@ _LEAST_TEMPERATURE = 1e-4
 Beam = Annotated[
     int, typer.Option(min=1, max=10_000, help="Hypotheses of beam search; 1 is greedy.")
 ]
+# tokens^A is a number for texts of up to 10^10 tokens.
+_MOST_PENALTY = 30.0
+_LENGTH_PENALTY = 1.0
 LengthPenalty = Annotated[
-    float,
+    float | None,
     typer.Option(
-        min=-100.0,
-        max=100.0,
+        min=-_MOST_PENALTY,
+        max=_MOST_PENALTY,
         callback=finite,
+        show_default="1",
         metavar="A",
         help="Score of beam search: log-probability / tokens^A; a larger A favours long texts.",
     ),
@@ -49,6 +54,11 @@ def _temperature(value: float) -> float:
     if 0 < value < _LEAST_TEMPERATURE:
         raise typer.BadParameter(f"{value} is neither 0 nor {_LEAST_TEMPERATURE} or more.")
     return value
+
+
+def _check_penalty(length_penalty: float | None, beam: int) -> None:
+    if length_penalty is not None and beam == 1:
+        raise InputError("--length-penalty", "applies only to beam search", "give --beam, too")
 
 
 def generate_command(
@@ -96,7 +106,7 @@ def generate_command(
         int, typer.Option(min=1, max=MOST, help="Maximum number of new tokens, within seq_len.")
     ] = 64,
     beam: Beam = 1,
-    length_penalty: LengthPenalty = 1.0,
+    length_penalty: LengthPenalty = None,
     temperature: Annotated[
         float,
         typer.Option(
@@ -118,7 +128,10 @@ def generate_command(
             help="Sample among the most likely tokens with this total probability.",
         ),
     ] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of the sampling.")] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, max=MOST_SEED, help="Seed of the sampling.", show_default="0"),
+    ] = None,
     batch: Batch = 16,
     dtype: Dtype = None,
     average: Average = False,
@@ -161,7 +174,6 @@ def generate_command(
         read_prompts,
         spelled_control_token,
     )
-    from megaphase.utils.errors import InputError
 
     if messages is not None and not (prompt is None and input is None):
         raise InputError("--messages", "does not go with --prompt and --input", "give one of them")
@@ -176,8 +188,12 @@ def generate_command(
         raise InputError("--system", "belongs to --chat", remedy)
     if beam > 1 and temperature:
         raise InputError("--beam", "cannot be combined with --temperature", "give one of them")
-    if not temperature and (top_k or top_p < 1.0):
-        raise InputError("--top-k and --top-p", "apply only to sampling", "give --temperature, too")
+    if not temperature and (top_k or top_p < 1.0 or seed is not None):
+        problem = "apply only to sampling"
+        raise InputError("--top-k, --top-p and --seed", problem, "give --temperature, too")
+    _check_penalty(length_penalty, beam)
+    if json_key is not None and prompt is not None:
+        raise InputError("--json-key", "is for --input and --messages", "leave it out")
     texts = prompt or ([] if input is None else read_prompts(input, json_key or "prompt"))
     conversations = asked(texts, system) if chat else []
     if messages is not None:
@@ -185,11 +201,11 @@ def generate_command(
     check_tokenizer_known(checkpoint, tokenizer)
     source = open_source(with_latest(checkpoint), average=average)
     words = load_tokenizer(source, tokenizer)
-    start = prompt_start(source, words)
-    encoded = (
-        encode_conversations(conversations, words) if conversations else words.encode_batch(texts)
-    )
-    prompts = [start + tokens for tokens in encoded]
+    if conversations:
+        prompts = encode_conversations(conversations, words)
+    else:
+        start = prompt_start(source, words)
+        prompts = [start + tokens for tokens in words.encode_batch(texts)]
 
     from megaphase.decoding.generate import check_lengths, generate, text_after
     from megaphase.generation.model import load_model
@@ -198,7 +214,14 @@ def generate_command(
     check_lengths(prompts, source.shape.seq_len)
     model = load_model(source, dtype, verify=verify)
     how = Decoding(
-        max_tokens, beam, length_penalty, temperature, top_k, top_p, seed, turn_ends(words)
+        max_tokens,
+        beam,
+        _LENGTH_PENALTY if length_penalty is None else length_penalty,
+        temperature,
+        top_k,
+        top_p,
+        seed or 0,
+        turn_ends(words),
     )
     console = new_console(stderr=True, highlight=False)
     if not conversations and (spelled := spelled_control_token(texts, words)):
@@ -255,7 +278,7 @@ def translate_command(
         ),
     ] = 256,
     beam: Beam = 4,
-    length_penalty: LengthPenalty = 1.0,
+    length_penalty: LengthPenalty = None,
     bleu_tokenizer: Annotated[
         Literal["13a", "intl", "zh", "char", "none"],
         typer.Option(help="sacrebleu's tokenizer for BLEU; zh for Chinese."),
@@ -301,7 +324,8 @@ def translate_command(
     for file in (out, scores):
         if file is not None:
             check_place(file)
-    how = Decoding(max_tokens, beam, length_penalty)
+    _check_penalty(length_penalty, beam)
+    how = Decoding(max_tokens, beam, _LENGTH_PENALTY if length_penalty is None else length_penalty)
     test = TranslationTest(samples, how, batch, dtype, bleu_tokenizer, verify, split)
     console = new_console(stderr=True)
     results = evaluate_translation(config, checkpoint, task or [], test, console, average=average)

@@ -22,6 +22,7 @@ from megaphase.estimate.suggestions import GB, RESERVE
 from megaphase.plan.load_plan import open_run, phase_setups
 from megaphase.plan.same_run import settings_of
 from megaphase.rehearsal.fake_device import missing_for_rehearsal
+from megaphase.training.deepspeed_config import swap_folder
 from megaphase.utils.arguments import MOST_PROCESSES
 from megaphase.utils.errors import InputError, RunError
 from megaphase.utils.process_lifetime import ends_with_this_process
@@ -187,6 +188,9 @@ def rehearse_run(
     planned_card(config)  # refuses what no table has
     if rank >= processes:
         raise InputError("--rank", f"is {rank:,}", f"give one below {processes:,}")
+    if swap_folder(config) is not None:
+        problem, remedy = "a rehearsal has no disk for nvme", "rehearse with offload: cpu"
+        raise InputError(config.where("parallel"), problem, remedy)
     if missing := missing_for_rehearsal():
         raise InputError(missing, "is not installed, and a rehearsal needs it", "install it")
     number = largest_phase(setups)

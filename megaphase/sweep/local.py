@@ -44,6 +44,7 @@ from megaphase.utils.set_aside import make_way_for_file
 from megaphase.utils.signals import SAME_PRESS_SECONDS, recorded_signals, signal_name
 
 POLL_SECONDS = 0.2
+_DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,15 @@ class Machine:
         cores = len(os.sched_getaffinity(0)) // (self.jobs * self.processes)
         environment = {"OMP_NUM_THREADS": str(max(1, cores)), **os.environ}
         if self.gpus and self.jobs > 1:
-            first = slot * self.processes
-            devices = (str(first + number) for number in range(self.processes))
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+            own = slice(slot * self.processes, (slot + 1) * self.processes)
+            environment[_DEVICES] = ",".join(_visible_gpus(self.gpus)[own])
         return environment | ends_with_this_process()
+
+
+def _visible_gpus(number: int) -> list[str]:
+    """The names of the GPUs that this process may use, by number or UUID."""
+    names = [name.strip() for name in os.environ.get(_DEVICES, "").split(",") if name.strip()]
+    return names[:number] or list(map(str, range(number)))
 
 
 class Process(Protocol):

@@ -34,12 +34,13 @@ def prepare_offload(config: RunConfig) -> None:
         ) from None
     try:
         load_async_io()
-    except (RuntimeError, OSError, ImportError) as error:
+    except Exception as error:  # whatever the builders of torch and DeepSpeed raise
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(
             config.where("parallel"),
             f"nvme needs DeepSpeed's operator async_io, which cannot be built here ({reason})",
-            "install libaio-dev, ninja and a C++ compiler, or offload to the cpu",
+            "install libaio-dev, ninja, a C++ compiler and, with GPUs, the CUDA toolkit of torch's "
+            "version (CUDA_HOME), or offload to the cpu",
         ) from None
 
 

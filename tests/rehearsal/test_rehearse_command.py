@@ -69,6 +69,7 @@ def test_memory_beyond_the_card_is_a_fault(tmp_path: Path) -> None:
     [
         ("hardware.card=unknown", "hardware.card: no card 'unknown'"),
         ("parts.optimizer=apex", "parts.optimizer: apex needs "),
+        ("parallel={zero: 3, offload: nvme, offload_folder: nvme}", "parallel: a rehearsal has no"),
     ],
 )
 def test_wrong_input_of_the_rehearsed_rank_is_said_as_the_run_would(

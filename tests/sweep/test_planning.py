@@ -261,3 +261,20 @@ def test_a_trial_is_a_short_run_of_the_same_sizes(corpora: Path, tmp_path: Path)
     run = trial_run(trials[0].run, tmp_path / "out")
     assert run["phases"][0]["steps"] == STEPS
     assert shape_of(trials[0]) != ""
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, ["0,1", "2,3"]),
+        ("4,5, 6,7", ["4,5", "6,7"]),
+        ("GPU-a,GPU-b,MIG-c,3", ["GPU-a,GPU-b", "MIG-c,3"]),
+    ],
+)
+def test_runs_take_the_gpus_that_the_user_has(given, expected, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if given is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    machine = Machine(jobs=2, processes=2, gpus=4)
+    found = [machine.environment(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(2)]
+    assert found == expected

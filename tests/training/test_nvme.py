@@ -315,3 +315,20 @@ def test_a_missing_compiler_or_library_is_one_line(
     config = nvme_config(str(tmp_path), "bf16", "optimizer")
     with pytest.raises(InputError, match=r"parallel: nvme needs .* async_io op\); install libaio"):
         prepare_offload(config)
+
+
+@pytest.mark.parametrize(
+    "error", [TypeError("expected str, not NoneType"), RuntimeError("no nvcc")]
+)
+def test_whatever_the_builder_raises_is_one_line(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a CUDA toolkit DeepSpeed's builder raises a TypeError."""
+
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr("megaphase.training.nvme.load_async_io", fail)
+    config = run_config(model=MODEL, zero=3, offload="nvme", offload_folder=str(tmp_path))
+    with pytest.raises(InputError, match=rf"cannot be built here \({error}\); install libaio-dev"):
+        prepare_offload(config)

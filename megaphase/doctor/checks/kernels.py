@@ -63,7 +63,7 @@ def check_deepspeed(settings: Settings) -> Iterator[Finding]:
         if settings.gpu and compatible:
             try:
                 load_async_io()
-            except (RuntimeError, OSError, ImportError) as error:
+            except Exception as error:  # whatever the builders of torch and DeepSpeed raise
                 problem = first_line(error)
     yield ok(f"DeepSpeed {deepspeed.__version__} on {accelerator.device_name()}")
     if not compatible:
