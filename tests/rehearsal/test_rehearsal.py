@@ -113,6 +113,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"kernels": "eager"},
     {"precision": "fp32"},
     {"precision": "fp32", "documents": True},
+    {"precision": "fp32", "model": {"kv_heads": 4}},
     {"optimizer": {"clip": 0}},
     {"micro_batches": 1},
     {"micro": 1, "micro_batches": 4},
