@@ -8,6 +8,7 @@ new=(hi eu)                # languages that it is to learn
 add=${ADD:-4000}           # tokens by which the vocabulary grows
 seq_len=${SEQ_LEN:-2048}   # sequence length of the training
 processes=${PROCESSES:-1}  # GPUs of this machine
+stop_after=${STOP_AFTER:-6}  # 4 ends before the training
 
 here=$(cd "$(dirname "$0")" && pwd)
 model=$(cd "${1:?give the folder of the published model}" && pwd)
@@ -47,6 +48,7 @@ heading "4. plan: run.yaml"
     sed "s/^  seq_len: .*/  seq_len: $seq_len/" extended/model.yaml
 } > run.yaml
 megaphase plan run.yaml --processes "$processes" "${changes[@]}"
+[ "$stop_after" -gt 4 ] || exit 0
 
 # 5. Training. Started again, it resumes from its newest checkpoint.
 heading "5. launch local: training"

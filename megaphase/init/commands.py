@@ -72,7 +72,7 @@ def init_command(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace RUN_FILE if it exists.")] = False,
 ) -> None:
-    """Write a commented run file for corpora, a model, GPUs and hours, and say why it is as it is.
+    """Write a commented run file for corpora, a model, GPUs and hours, and explain each choice.
 
     On a terminal it asks for what is not given. Phases are the paper's: high-resource tasks first,
     then, from fresh optimizer state, all tasks with the low-resource ones raised; or the joint
