@@ -24,7 +24,7 @@ class TextLoss:
     bits_per_byte: float
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def text_loss(
     model: GPT, tokenizer: Tokenizer, texts: Sequence[str], start: Sequence[int]
 ) -> TextLoss:
