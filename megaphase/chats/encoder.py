@@ -34,8 +34,8 @@ class EncodedChat(NamedTuple):
     """A conversation.
 
     Attributes:
-        tokens: int32 [tokens], with the BOS that the template begins with, if it does, and the EOD
-            that ends it.
+        tokens: int32 [tokens], with the BOS that the template writes first, if it does, and the
+            EOD that ends it.
         targets: u8 [tokens], 1 where a token belongs to an answer.
         prompt: what comes before the first answer to a message, or, where there is none, all of
             it; from this the hash is computed, in UTF-8.

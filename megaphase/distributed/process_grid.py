@@ -25,6 +25,8 @@ _COLLECTIVE_TIMEOUT = timedelta(minutes=60)
 # Processes of one job start within minutes of each other, or not at all.
 JOIN_TIMEOUT = timedelta(minutes=10)
 
+_exchange: dist.ProcessGroup | None = None
+
 
 @dataclass(frozen=True)
 class ProcessGrid:
@@ -133,9 +135,6 @@ def exchange_group() -> dist.ProcessGroup | None:
     `deterministic: true` has set them.
     """
     return _exchange
-
-
-_exchange: dist.ProcessGroup | None = None
 
 
 def leave_processes() -> None:
