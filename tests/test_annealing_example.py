@@ -141,6 +141,8 @@ def test_the_primary_contrast_is_paired_by_seed_with_sets_as_blocks(annealing: M
     assert lines[1] == "by set of documents: " + ", ".join(f"{e.mean():+.4f}" for e in values)
     assert lines[2].startswith("bits per byte: -0.0500 ± ")
     assert sum(line.startswith(("| first", "| second")) for line in lines) == 2 * 5 * 5 - 1
+    [low] = [line for line in lines if line.startswith("| first | two-phase - restart | low |")]
+    assert low.endswith("| " + ", ".join(f"{2 * e.mean():+.4f}" for e in values) + " |")
 
 
 def test_a_setting_of_which_a_run_diverged_has_lost(annealing: ModuleType) -> None:
@@ -151,9 +153,10 @@ def test_a_setting_of_which_a_run_diverged_has_lost(annealing: ModuleType) -> No
     lines = annealing.table(own, sets, groups(annealing))
     assert lines[0] == "primary: two-phase - restart: restart lost (diverged: restart 3 of 10)"
     assert (
-        "| first | restart - static | all | restart lost (diverged: restart 3 of 10) | | |" in lines
+        "| first | restart - static | all | restart lost (diverged: restart 3 of 10) | | | |"
+        in lines
     )
-    assert "| second | keep - static | all | keep lost (diverged: keep 3 of 10) | | |" in lines
+    assert "| second | keep - static | all | keep lost (diverged: keep 3 of 10) | | | |" in lines
     assert sum("| first | keep - static |" in line for line in lines) == 5
 
 

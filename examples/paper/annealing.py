@@ -292,8 +292,8 @@ def table(
         "",
         f"Intervals: {100 * CONFIDENCE:g} %, not corrected. Holm: over all rows of this table.",
         "",
-        "| settings | contrast | measure | difference | p | p after Holm |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| settings | contrast | measure | difference | p | p after Holm | by set of documents |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     rows: list[tuple[str, Difference | str]] = []
     for number, names in product((0, 1), (PRIMARY, *SECONDARY)):
@@ -310,10 +310,12 @@ def table(
     corrected = iter(holm([each.p for _, each in rows if isinstance(each, Difference)]))
     for label, each in rows:
         if isinstance(each, str):
-            lines.append(f"{label} | {each} | | |")
+            lines.append(f"{label} | {each} | | | |")
         else:
             value = f"{each.mean:+.4f} ± {each.half_width:.4f}"
-            lines.append(f"{label} | {value} | {each.p:.3g} | {next(corrected):.3g} |")
+            by_set = ", ".join(f"{mean:+.4f}" for mean in each.means)
+            row = f"{label} | {value} | {each.p:.3g} | {next(corrected):.3g} | {by_set} |"
+            lines.append(row)
     return lines
 
 
