@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Collection
 from enum import StrEnum
 from pathlib import Path
@@ -150,8 +149,9 @@ def tokenize_command(
 
     Example: megaphase data tokenize "en/*.jsonl.gz" --tokenizer tok/ --out data/en
     """
-    from megaphase.data_tools.shards import MOST_SHARDS, WHOLE, ShardChoice
-    from megaphase.data_tools.text import expand_inputs
+    from megaphase.corpus.writer import refuse_existing, refuse_own_input
+    from megaphase.data_tools.shards import MOST_SHARDS, WHOLE, ShardChoice, refuse_other_shards
+    from megaphase.data_tools.text import STDIN, expand_inputs
     from megaphase.data_tools.tokenization.tokenize import check_tokenization, tokenize
 
     reading = reading_of(
@@ -164,15 +164,21 @@ def tokenize_command(
         stdin_kind=stdin_kind.value,
     )
     files = expand_inputs(inputs)
+    if stdin_kind is not StdinKind.jsonl and STDIN not in files:
+        raise InputError("--stdin-kind", "there is no - among the files", "leave it out")
     if slurm:
         if shard is not None:
             raise InputError("--shard", "--slurm chooses the shards itself", "leave one out")
         if tasks is None:
             raise InputError("--tasks", "--slurm needs to know how many shards", "add --tasks 16")
-        if not 1 <= tasks <= MOST_SHARDS:
-            remedy = f"give 1 to {MOST_SHARDS:,}"
+        if not 2 <= tasks <= MOST_SHARDS:
+            remedy = f"give 2 to {MOST_SHARDS:,}"
             raise InputError("--tasks", f"{tasks} is not a number of shards", remedy)
         check_tokenization(files, tokenizer, reading, tag, ShardChoice(tasks - 1, tasks))
+        refuse_own_input(out, [path for path in files if isinstance(path, Path)])
+        if not overwrite:
+            refuse_existing(out)
+        refuse_other_shards(out, tasks)
         _submit(_array_of_shards(context.params), dry_run)
         return
     for option, given in (("--tasks", tasks), ("--sbatch", sbatch), ("--dry-run", dry_run)):
@@ -198,7 +204,8 @@ def tokenize_command(
 
 def _array_of_shards(options: dict[str, Any]) -> ArrayOfShards:
     """The jobs that do what this command was asked for."""
-    from megaphase.data_tools.tokenization.slurm import ArrayOfShards
+    from megaphase.data_tools.tokenization.slurm import NOT_FOR_SBATCH, ArrayOfShards
+    from megaphase.utils.slurm import sbatch_options
 
     places = {"tokenizer": options["tokenizer"].absolute(), "out": options["out"].absolute()}
     files = [name if is_url(name) else os.path.abspath(name) for name in options["inputs"]]
@@ -211,7 +218,7 @@ def _array_of_shards(options: dict[str, Any]) -> ArrayOfShards:
         tokenize=[*files, *shard_arguments],
         merge=merge_arguments,
         cores=options["workers"],
-        options=shlex.split(options["sbatch"]),
+        options=sbatch_options(options["sbatch"], NOT_FOR_SBATCH),
     )
 
 

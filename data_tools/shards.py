@@ -33,6 +33,8 @@ class ShardChoice:
         if not found or not 0 <= int(found[1]) < int(found[2]) <= MOST_SHARDS:
             remedy = "give I/N with I from 0 to N - 1, such as 3/64"
             raise InputError("--shard", f"{text!r} is not a valid shard", remedy)
+        if int(found[2]) == 1:
+            raise InputError("--shard", f"{text} is the whole corpus", "leave it out")
         return cls(int(found[1]), int(found[2]))
 
     def prefix(self, out: Path) -> Path:
@@ -71,7 +73,16 @@ def parts_of(paths: Sequence[InputPath], shard: ShardChoice) -> Iterator[FilePar
             yield FilePart(file, max(low - begins, 0), end)
 
 
-def existing_shards(out: Path) -> list[Path]:
+def refuse_other_shards(out: Path, of: int) -> None:
+    """Raise InputError if shards of `out` are there that belong to a division into another
+    number."""
+    for path in existing_shards(out, may_be_none=True):
+        if not path.name.endswith(f"-of-{of:05d}"):
+            problem = f"is there, and belongs to a division by another number than {of:,}"
+            raise InputError(path, problem, "remove those shards, or divide as they are")
+
+
+def existing_shards(out: Path, *, may_be_none: bool = False) -> list[Path]:
     """Return the prefixes of the existing shards of the corpus `out`, in order.
 
     Raises InputError if there is none, or if they belong to divisions into different numbers.
@@ -79,6 +90,8 @@ def existing_shards(out: Path) -> list[Path]:
     pattern = re.compile(rf"{re.escape(out.name)}\.shard-(\d+)-of-(\d+){MANIFEST_SUFFIX}")
     names = sorted(path.name for path in out.parent.glob("*.json"))
     found = [match for match in map(pattern.fullmatch, names) if match]
+    if not found and may_be_none:
+        return []
     if not found:
         problem = f"no {out.name}.shard-… was found next to it"
         raise InputError(out, problem, "make them with `megaphase data tokenize --shard I/N`")

@@ -150,14 +150,14 @@ def slurm_command(
     import shlex
 
     from megaphase.utils.errors import InputError
-    from megaphase.utils.slurm import require_sbatch
+    from megaphase.utils.slurm import require_sbatch, sbatch_options
 
     if not dry_run:
         require_sbatch("launch slurm", "run it on a login node, or add --dry-run")
     if pipeline is not None:
         _submit_pipeline(pipeline, context, dry_run=dry_run)
         return
-    from megaphase.launch.slurm.script import Resources, node_options, sbatch_options
+    from megaphase.launch.slurm.script import DETERMINED, Resources, node_options
     from megaphase.launch.slurm.submit import check, script_for, submit_run
 
     if run_file is None:
@@ -172,7 +172,11 @@ def slurm_command(
         tasks_per_node=gpus_per_node or tasks_per_node or 1,
         gpus=gpus_per_node > 0,
         cores=cores,
-        options=[*given, *node_options(mem, exclusive=exclusive), *sbatch_options(sbatch)],
+        options=[
+            *given,
+            *node_options(mem, exclusive=exclusive),
+            *sbatch_options(sbatch, DETERMINED),
+        ],
         exclude_bad_nodes=exclude_bad_nodes,
         restarts=restarts,
     )

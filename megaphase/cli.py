@@ -40,6 +40,7 @@ from megaphase.utils.errors import (
     os_fault,
 )
 from megaphase.utils.locale_settings import require_utf8, work_in_utf8
+from megaphase.utils.open_files import allow_many_open_files
 from megaphase.utils.process_lifetime import end_with_parent
 from megaphase.utils.signals import (
     handlers,
@@ -125,6 +126,7 @@ def _options(
     ] = False,
 ) -> None:
     check_launch()
+    allow_many_open_files()
 
 
 def main() -> None:

@@ -71,6 +71,8 @@ def inspect_corpus_command(
     from megaphase.data_tools.corpora.inspect import describe, document_text
 
     if document is None:
+        if tokenizer is not None:
+            raise InputError("--tokenizer", "is for --document", "give that, too, or leave it out")
         new_console().print(describe(prefix))
     elif tokenizer is None:
         raise InputError("--document", "a document's text needs the tokenizer", "add --tokenizer")
@@ -90,10 +92,11 @@ def stats_command(
 
     Example: megaphase data stats data/en data/hi --tokenizer tok/
     """
-    from megaphase.data_tools.corpora.stats import corpus_stats, stats_tables
+    from megaphase.data_tools.corpora.stats import corpus_stats, stats_tables, tokenizer_of
 
+    words = None if tokenizer is None else tokenizer_of(prefixes, tokenizer)
     stats = {prefix: corpus_stats(prefix, new_console(stderr=True)) for prefix in prefixes}
-    new_console().print(stats_tables(stats, tokenizer))
+    new_console().print(stats_tables(stats, words))
 
 
 def verify_command(prefixes: Prefixes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -36,7 +37,8 @@ def find_duplicates(corpora: Sequence[Corpus], folder: Path) -> np.ndarray:
         return np.zeros(0, bool)
     buckets = min(-(-total // _BUCKET_DOCUMENTS), _MOST_BUCKETS)
     found = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - the map keeps it
-    found.truncate(total)
+    # Not a sparse file: a disk that fills up under a map would end the process without a word.
+    os.posix_fallocate(found.fileno(), 0, total)
     is_duplicate = np.memmap(found, dtype=bool, mode="r+")
     with ExitStack() as opened:
         files = [opened.enter_context(tempfile.TemporaryFile(dir=folder)) for _ in range(buckets)]

@@ -24,7 +24,10 @@ from megaphase.data_tools.corpora.shuffle import shuffled
 from megaphase.data_tools.corpora.verify import Advance, checked_batches, size_of
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import real_path
+from megaphase.utils.open_files import allow_many_open_files
 from megaphase.utils.progress import reading_progress
+
+_FILES_OF_A_CORPUS = 8  # at most, that are open at a time
 
 
 def merge(
@@ -55,6 +58,7 @@ def merge(
     manifests = [Manifest.read(prefix) for prefix in prefixes]
     _check_alike(prefixes, manifests)
     _check_shards(prefixes, manifests)
+    allow_many_open_files(_FILES_OF_A_CORPUS * len(prefixes))
     # A shard may contain no documents, and an empty corpus cannot be opened.
     corpora = [
         Corpus.open(prefix)
@@ -62,13 +66,13 @@ def merge(
         if manifest.documents or not manifest.shard
     ]
     first = manifests[0]
-    names = dict.fromkeys(chain.from_iterable(manifest.sources for manifest in manifests))
+    names = _sources(manifests)
     writer = CorpusWriter(
         out,
         tokenizer_hash=first.tokenizer_hash,
         vocab_size=first.vocab_size,
         eod=first.eod,
-        sources=list(names),
+        sources=names,
         kind=first.kind,
         tag=first.tag,
         # If one of them is not known, the template of all is not.
@@ -81,7 +85,7 @@ def merge(
     )
     size = sum(map(size_of, corpora))
     with writer, write_errors(out), reading_progress(console, "merging", size) as advance:
-        batches = _checked(corpora, list(names), lambda size: advance(size, size))
+        batches = _checked(corpora, names, lambda size: advance(size, size))
         if drop_duplicates:
             is_duplicate = find_duplicates(corpora, out.parent)
             writer.count_skipped(duplicates=int(is_duplicate.sum()))
@@ -104,15 +108,26 @@ def remove_corpus(prefix: Path) -> None:
         corpus_file(prefix, suffix).unlink(missing_ok=True)
 
 
+def _sources(manifests: Sequence[Manifest]) -> list[str]:
+    """The names of the sources: of shards those of all, as they are, since each lists them all and
+    two may have one name; else every name once."""
+    jobs = {None if each.shard is None else each.shard.job for each in manifests}
+    if len(jobs) == 1 and None not in jobs:
+        return manifests[0].sources
+    return list(dict.fromkeys(chain.from_iterable(each.sources for each in manifests)))
+
+
 def _checked(
     corpora: Sequence[Corpus], names: Sequence[str], advance: Advance
 ) -> Iterator[DocumentBatch]:
     """Yield all documents with their source files renumbered to indices into `names`; either all
     of them have origins or none has."""
-    numbers = {name: number for number, name in enumerate(names)}
+    numbers = {name: number for number, name in reversed(list(enumerate(names)))}
     with_origins = any(corpus.origins is not None for corpus in corpora)
     for corpus in corpora:
-        here = np.array([numbers[name] for name in corpus.manifest.sources], np.uint32)
+        sources = corpus.manifest.sources
+        own = range(len(names)) if sources == names else [numbers[name] for name in sources]
+        here = np.array(own, np.uint32)
         for batch in checked_batches(corpus, advance):
             if not with_origins:
                 yield batch

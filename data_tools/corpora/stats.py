@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,26 +62,38 @@ def corpus_stats(prefix: Path, console: Console | None = None) -> CorpusStats:
     middle = (corpus.manifest.documents + 1) // 2
     return CorpusStats(
         corpus.manifest,
-        int(find_duplicates([corpus], prefix.parent).sum()),
+        int(find_duplicates([corpus], _writable_folder(prefix.parent)).sum()),
         int(np.searchsorted(np.cumsum(lengths), middle)),
         tokens,
     )
 
 
-def stats_tables(stats: Mapping[Path, CorpusStats], tokenizer_dir: Path | None) -> RenderableType:
-    """Return tables of the statistics, and of the most common tokens if a tokenizer is given.
+def _writable_folder(folder: Path) -> Path:
+    """The folder for files without a name: that of the corpus, which has room for such, or the
+    system's where it may only be read."""
+    return folder if os.access(folder, os.W_OK) else Path(tempfile.gettempdir())
 
-    Raises InputError if a corpus was made with another tokenizer.
+
+def tokenizer_of(prefixes: Sequence[Path], tokenizer_dir: Path) -> Tokenizer:
+    """Return the tokenizer.
+
+    Raises InputError if a corpus was made with another one.
     """
+    tokenizer = Tokenizer.load(tokenizer_dir)
+    for prefix in prefixes:
+        manifest = Manifest.read(prefix)
+        made_with = manifest.tokenizer_hash, manifest.vocab_size
+        if made_with != (tokenizer.fingerprint, tokenizer.vocab_size):
+            problem = f"was made with another tokenizer than {tokenizer_dir}"
+            raise InputError(prefix, problem, "give the tokenizer it was made with")
+    return tokenizer
+
+
+def stats_tables(stats: Mapping[Path, CorpusStats], tokenizer: Tokenizer | None) -> RenderableType:
+    """Return tables of the statistics, and of the most common tokens if their tokenizer is
+    given."""
     parts: list[RenderableType] = [_sizes(stats), _language(stats)]
-    if tokenizer_dir is not None:
-        tokenizer = Tokenizer.load(tokenizer_dir)
-        for prefix, figures in stats.items():
-            manifest = figures.manifest
-            made_with = manifest.tokenizer_hash, manifest.vocab_size
-            if made_with != (tokenizer.fingerprint, tokenizer.vocab_size):
-                problem = f"was made with another tokenizer than {tokenizer_dir}"
-                raise InputError(prefix, problem, "give the tokenizer it was made with")
+    if tokenizer is not None:
         parts.append(_common_tokens(stats, tokenizer))
     return Group(*parts)
 

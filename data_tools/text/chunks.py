@@ -180,6 +180,10 @@ def _compressed_chunks(
                 return
 
 
+class LargeDocument(InputError):
+    """A document is too large, which --on-error skip does not skip."""
+
+
 def _whole_documents(
     path: InputPath,
     pieces: Iterable[bytes],
@@ -202,7 +206,7 @@ def _whole_documents(
         searched = max(searched, len(buffer))
         if len(buffer) > chunk_bytes + LARGEST_DOCUMENT_BYTES:
             line = position.line or count_lines(path, position.offset) + 1
-            raise InputError(f"{display_name(path)}:{line}", *_too_large(ends))
+            raise LargeDocument(f"{display_name(path)}:{line}", *_too_large(ends))
     if buffer:
         data = bytes(buffer)
         yield data, _count_lines(data)

@@ -11,6 +11,12 @@ from pathlib import Path
 from megaphase.utils.files import make_directory
 from megaphase.utils.slurm import cancel, require_sbatch, submit
 
+# Options of sbatch that both jobs would get, and what to do instead.
+NOT_FOR_SBATCH = {
+    **dict.fromkeys(("array", "ntasks"), "--tasks says how many shards there are"),
+    "cpus-per-task": "use --workers",
+    **dict.fromkeys(("output", "error", "job-name", "dependency"), "leave it out"),
+}
 _COMMAND = (sys.executable, "-m", "megaphase", "data")
 
 

@@ -15,7 +15,7 @@ from megaphase.chats.encoder import ChatEncoder
 from megaphase.chats.tokenizers_library import check_keeps_control_tokens
 from megaphase.corpus import CorpusWriter, Manifest
 from megaphase.corpus.manifest import ShardOf
-from megaphase.corpus.writer import refuse_existing
+from megaphase.corpus.writer import refuse_existing, refuse_own_input
 from megaphase.data_tools.corpora.merge import merge, remove_corpus
 from megaphase.data_tools.ordered_pool import ordered_map
 from megaphase.data_tools.shards import WHOLE, ShardChoice, parts_of
@@ -35,6 +35,7 @@ from megaphase.data_tools.text import (
     read_chunks,
     size_on_disk,
 )
+from megaphase.data_tools.text.chunks import LargeDocument
 from megaphase.data_tools.text.prefetch import prefetched
 from megaphase.data_tools.tokenization.chunk_encoder import ChunkEncoder
 from megaphase.data_tools.tokenization.readers import reader_count, tokenize_parts
@@ -145,6 +146,7 @@ def tokenize(
     """
     if workers < 1:
         raise InputError("--workers", f"{workers} is not a number of processes", "give 1 or more")
+    refuse_own_input(shard.prefix(out), [path for path in inputs if isinstance(path, Path)])
     tokenization = check_tokenization(inputs, tokenizer_dir, reading, tag, shard)
     if tokenization.chats is not None and console:
         for remark in tokenization.chats.remarks():
@@ -162,11 +164,13 @@ def tokenize(
         if _is_whole(prefix, tokenization) and not overwrite:
             return Manifest.read(prefix)
         return _encode(tokenization, prefix, True, workers, skip_wrong, overwrite, console)
+    prefix = out.with_name(f".{out.name}.unordered")
     if in_order and readers == 1:
-        return _encode(tokenization, out, False, workers, skip_wrong, overwrite, console)
+        found = _encode(tokenization, out, False, workers, skip_wrong, overwrite, console)
+        _remove_other_parts(prefix)
+        return found
     if not overwrite:
         refuse_existing(out)
-    prefix = out.with_name(f".{out.name}.unordered")
     part = partial(
         _encode_part, inputs, tokenizer_dir, reading, tag, prefix, max(workers // readers, 1),
         skip_wrong,
@@ -323,16 +327,26 @@ def _encode(
                 _write(writer, tokenization, encoder, workers, advance)
     except (InputError, RunError, KeyboardInterrupt) as error:
         if writer.saved_documents:
-            _raise_with_resume_hint(error, writer.saved_documents, console)
+            skipped = skip_wrong or isinstance(error, LargeDocument)
+            _raise_with_resume_hint(error, writer.saved_documents, console, skipped=skipped)
         raise
     assert writer.manifest is not None
     return writer.manifest
 
 
 def _raise_with_resume_hint(
-    error: InputError | RunError | KeyboardInterrupt, documents: int, console: Console | None
+    error: InputError | RunError | KeyboardInterrupt,
+    documents: int,
+    console: Console | None,
+    *,
+    skipped: bool,
 ) -> None:
-    """Raise the error again with the number of saved documents; after Ctrl-C, print it."""
+    """Raise the error again with the number of saved documents; after Ctrl-C, print it.
+
+    skipped: whether --on-error skip would not help.
+    """
+    if isinstance(error, InputError) and skipped:
+        raise error
     saved = f"{documents:,} documents are tokenized and saved"
     if isinstance(error, InputError):
         go_on = "if a document is the cause, the same command with --on-error skip resumes there"

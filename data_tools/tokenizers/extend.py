@@ -40,6 +40,7 @@ from megaphase.data_tools.tokenizers.train import (
     check_out,
     explained,
     survey_languages,
+    tokenizer_written_aside,
 )
 from megaphase.data_tools.tokenizers.words import words_of_characters, words_of_pre_tokenizer
 from megaphase.tokenizer import (
@@ -54,7 +55,7 @@ from megaphase.tokenizer.hugging_face_files import HuggingFaceFiles
 from megaphase.tokenizer.sentencepiece_files import read_proto
 from megaphase.tokenizer.tokenizers_files import BYTE_LEVEL, read_tokenizer_json
 from megaphase.utils.errors import InputError
-from megaphase.utils.files import atomic_write_json, directory_written_aside, hash_file
+from megaphase.utils.files import atomic_write_json, hash_file
 from megaphase.utils.progress import ProgressDisplay
 
 _Kind = ModelProto.SentencePiece
@@ -133,7 +134,7 @@ def extend_tokenizer(
         )
 
     extension = _Extension(base, add, console)
-    with directory_written_aside(out) as aside:
+    with tokenizer_written_aside(out, overwrite) as aside:
         record = extension.write(aside, sentences())
         atomic_write_json(aside / RECORD_NAME, record.model_dump())
         extended = Tokenizer.load(aside)
@@ -146,8 +147,6 @@ def extend_tokenizer(
         languages = {language: it.after for language, it in comparisons.items()}
         record = record.model_copy(update={"languages": languages})
         atomic_write_json(aside / RECORD_NAME, record.model_dump())
-        if out.exists():
-            shutil.rmtree(out)
     return record, comparisons
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -49,7 +49,14 @@ from megaphase.tokenizer import (
     TokenizerRecord,
 )
 from megaphase.utils.errors import InputError, RunError
-from megaphase.utils.files import atomic_write_json, directory_written_aside, hash_file
+from megaphase.utils.files import (
+    atomic_write_json,
+    directory_written_aside,
+    hash_file,
+    real_path,
+    removal_path,
+    remove_directory,
+)
 from megaphase.utils.progress import reading_progress
 
 ModelType = Literal["unigram", "bpe"]
@@ -174,15 +181,13 @@ def train_tokenizer(
     )
     with console.status("training the tokenizer") if console else nullcontext():
         model = _train_in_process(job)
-    with directory_written_aside(out) as aside:
+    with tokenizer_written_aside(out, overwrite) as aside:
         if library == "tokenizers":
             write_byte_level(aside, model.decode(), EOD_PIECE, CHAT_TEMPLATE if chat else None)
             tokenizer = Tokenizer.load(aside)
         else:
             tokenizer = _write_model(aside, model, job.model_type, tags, reserved_tags)
         record = _write_record(aside, tokenizer, surveys)
-        if out.exists():
-            shutil.rmtree(out)
     return record
 
 
@@ -216,6 +221,21 @@ def _check_user_symbols(symbols: Sequence[str], tags: Sequence[str]) -> None:
         )
         if is_control or symbol in symbols[:i] or symbol in _WHITESPACE_PIECES:
             raise InputError("--user-symbol", f"{symbol!r} is a token already", "leave it out")
+
+
+@contextmanager
+def tokenizer_written_aside(out: Path, overwrite: bool) -> Iterator[Path]:
+    """Yield a temporary directory, which takes the place of `out` when the block ends without an
+    error; see `check_out`. A link keeps leading there."""
+    out = real_path(out)
+    old = removal_path(out)
+    remove_directory(old)
+    with directory_written_aside(out) as aside:
+        yield aside
+        check_out(out, overwrite)  # again: training takes a while
+        if out.exists():
+            os.rename(out, old)
+    remove_directory(old)
 
 
 def check_out(out: Path, overwrite: bool) -> None:

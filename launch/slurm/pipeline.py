@@ -28,14 +28,13 @@ from megaphase.launch.slurm.script import (
     ending_seconds,
     node_options,
     refuse_pattern,
-    sbatch_options,
 )
 from megaphase.plan.batch_layout import check_batches_beforehand
 from megaphase.utils.arguments import train_options
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import make_directory, real_path
 from megaphase.utils.names import shown
-from megaphase.utils.slurm import cancel, submit
+from megaphase.utils.slurm import cancel, sbatch_options, submit
 from megaphase.utils.validation_errors import as_input_error, hint
 from megaphase.utils.yaml_file import read_yaml
 

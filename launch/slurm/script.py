@@ -7,7 +7,7 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +17,8 @@ from megaphase.utils.errors import InputError
 # Time in which the processes should end after one was found dead.
 _LEAVING_SECONDS = 15.0
 
-_OPTION = re.compile(r"--([a-z-]+)(?:=.*)?", re.DOTALL)
 # Options to use instead, since layout and memory are checked against them.
-_OWN = {
+DETERMINED = {
     "nodes": "use --nodes",
     "gpus-per-node": "use --gpus-per-node",
     "ntasks-per-node": "use --gpus-per-node, or --tasks-per-node",
@@ -54,30 +53,6 @@ class Resources:
     @property
     def processes(self) -> int:
         return self.nodes * self.tasks_per_node
-
-
-def sbatch_options(text: str, refused: Mapping[str, str] = _OWN) -> list[str]:
-    """Parse additional options of sbatch as a shell would.
-
-    refused: maps the name of each option that is not allowed to the remedy; by default, those
-        determined by Resources.
-
-    Raises:
-        InputError: one is not of the form --NAME=VALUE, or is not allowed.
-    """
-    try:
-        options = shlex.split(text)
-    except ValueError as error:
-        raise InputError("--sbatch", f"cannot be parsed ({error})", "check quotes") from None
-    for option in options:
-        match = _OPTION.fullmatch(option)
-        if match is None:
-            raise InputError(
-                "--sbatch", f"{option!r} is not an option", "write --NAME=VALUE, or --NAME"
-            )
-        if match[1] in refused:
-            raise InputError("--sbatch", f"--{match[1]} is not allowed there", refused[match[1]])
-    return options
 
 
 _MEMORY = re.compile(r"[0-9]+[KMGT]?")

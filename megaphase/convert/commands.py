@@ -19,10 +19,8 @@ convert_app = typer.Typer(
 @convert_app.callback()
 def _convert() -> None:
     from megaphase.utils.heap import prepare_for_large_tensors
-    from megaphase.utils.open_files import allow_many_open_files
 
     prepare_for_large_tensors()
-    allow_many_open_files()
 
 
 Out = Annotated[

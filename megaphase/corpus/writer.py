@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -38,7 +38,7 @@ from megaphase.corpus.manifest import corpus_file as file_of
 from megaphase.corpus.origins import Origins
 from megaphase.corpus.staging import Figures, StagedCorpus
 from megaphase.utils.errors import InputError, RunError
-from megaphase.utils.files import fsync_path, make_directory
+from megaphase.utils.files import fsync_path, make_directory, real_path
 
 _LENGTHS_NAME = "lengths"
 _WRITTEN_AS_IT_COMES = (
@@ -50,6 +50,7 @@ _WRITTEN_AS_IT_COMES = (
     _LENGTHS_NAME,
 )
 _NOT_IN_EVERY_CORPUS = (SKIPPED_SUFFIX, SOURCES_SUFFIX, IDS_SUFFIX, TARGETS_SUFFIX)
+CORPUS_SUFFIXES = (MANIFEST_SUFFIX, *DATA_SUFFIXES, BLOCKS_SUFFIX, *_NOT_IN_EVERY_CORPUS)
 
 
 class CorpusWriter:
@@ -297,7 +298,16 @@ def _mapped_lengths(path: Path) -> np.ndarray:
 
 def refuse_existing(prefix: Path) -> None:
     """Raise InputError if a file of the corpus exists, even an incomplete one."""
-    for suffix in (MANIFEST_SUFFIX, *DATA_SUFFIXES, BLOCKS_SUFFIX):
+    for suffix in CORPUS_SUFFIXES:
         path = file_of(prefix, suffix)
         if os.path.lexists(path):
             raise InputError(path, "exists already", "pass --overwrite or choose another --out")
+
+
+def refuse_own_input(prefix: Path, inputs: Iterable[Path]) -> None:
+    """Raise InputError if a file of the corpus would take the place of one of its inputs."""
+    own = {real_path(file_of(prefix, suffix)) for suffix in CORPUS_SUFFIXES}
+    for path in inputs:
+        if real_path(path) in own:
+            problem = "is a text to be read, and the corpus would take its place"
+            raise InputError(path, problem, "choose another --out")

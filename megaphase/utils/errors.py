@@ -30,7 +30,7 @@ class InputError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         # Without this, an error raised in another process could not be unpickled.
-        return InputError, (self.where, self.problem, self.remedy)
+        return type(self), (self.where, self.problem, self.remedy)
 
 
 def one_line(text: str) -> str:

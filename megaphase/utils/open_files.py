@@ -8,11 +8,14 @@ from contextlib import suppress
 _ENOUGH = 1 << 16
 
 
-def allow_many_open_files() -> None:
-    """Raise the limit of open files as far as this user may; a portable checkpoint has a file for
-    every parameter, and 1,024 is a usual limit."""
+def allow_many_open_files(least: int = 0) -> None:
+    """Raise the limit of open files as far as this user may: a checkpoint has a file for every
+    process or parameter, a tokenization thousands of shards, and 1,024 is a usual limit.
+
+    least: how many are wanted beside those of any command.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _ENOUGH if hard == resource.RLIM_INFINITY else min(hard, _ENOUGH)
+    wanted = _ENOUGH + least if hard == resource.RLIM_INFINITY else min(hard, _ENOUGH + least)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         with suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

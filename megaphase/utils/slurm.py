@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from megaphase.utils.errors import InputError, RunError
+
+_OPTION = re.compile(r"--([a-z-]+)(?:=.*)?", re.DOTALL)
 
 
 def require_sbatch(where: str, remedy: str) -> None:
@@ -20,6 +23,29 @@ def require_sbatch(where: str, remedy: str) -> None:
     """
     if shutil.which("sbatch") is None:
         raise InputError(where, "there is no sbatch on this machine", remedy)
+
+
+def sbatch_options(text: str, refused: Mapping[str, str]) -> list[str]:
+    """Parse additional options of sbatch as a shell would.
+
+    refused: maps the name of each option that is not allowed to the remedy.
+
+    Raises:
+        InputError: one is not of the form --NAME=VALUE, or is not allowed.
+    """
+    try:
+        options = shlex.split(text)
+    except ValueError as error:
+        raise InputError("--sbatch", f"cannot be parsed ({error})", "check quotes") from None
+    for option in options:
+        match = _OPTION.fullmatch(option)
+        if match is None:
+            raise InputError(
+                "--sbatch", f"{option!r} is not an option", "write --NAME=VALUE, or --NAME"
+            )
+        if match[1] in refused:
+            raise InputError("--sbatch", f"--{match[1]} is not allowed there", refused[match[1]])
+    return options
 
 
 def submit(script: str, options: Sequence[str] = ()) -> str:

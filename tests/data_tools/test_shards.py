@@ -141,3 +141,80 @@ def test_the_commands(three: Path) -> None:
     assert result.exit_code == 0, result.output
     assert " 50 " in result.stdout
     assert files_of(three.parent) == CORPUS_FILES
+
+
+def test_sources_of_one_name_stay_apart(tok: Path, tmp_path: Path) -> None:
+    """As a pattern over folders gives them."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    inputs = [
+        write_jsonl(tmp_path / folder / "00.jsonl", [f"{folder} {i}" for i in range(9)])
+        for folder in ("a", "b")
+    ]
+    tokenize(inputs, tok, tmp_path / "whole", workers=1)
+    for shard in range(2):
+        tokenize(inputs, tok, tmp_path / "en", workers=1, shard=ShardChoice(shard, 2))
+    merge(existing_shards(tmp_path / "en"), tmp_path / "en")
+    assert corpus_bytes(tmp_path / "en") == corpus_bytes(tmp_path / "whole")
+    assert Manifest.read(tmp_path / "en").sources == ["00.jsonl", "00.jsonl"]
+
+
+def invoked(*arguments: object) -> str:
+    """Return the error of `data tokenize`."""
+    found = CliRunner().invoke(data_app, ["tokenize", *map(str, arguments)])
+    assert isinstance(found.exception, InputError), found.output
+    return str(found.exception)
+
+
+def test_a_division_into_one_part_is_none(tok: Path, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ["one"])
+    options = (path, "--tokenizer", tok, "--out", tmp_path / "en")
+    assert "--shard: 0/1 is the whole corpus" in invoked(*options, "--shard", "0/1")
+    said = invoked(*options, "--slurm", "--tasks", 1, "--dry-run")
+    assert said == "--tasks: 1 is not a number of shards; give 2 to 99,999"
+
+
+def test_what_the_jobs_would_refuse_is_refused_before_they_are_submitted(
+    tok: Path, tmp_path: Path
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ["one", "two", "three"])
+    out = tmp_path / "en"
+    slurm = (path, "--tokenizer", tok, "--out", out, "--slurm", "--tasks", 2, "--dry-run")
+    for options, said in [
+        ('--comment="abc', "--sbatch: cannot be parsed"),
+        ("--array=0-63%8", "--sbatch: --array is not allowed there; --tasks says how many"),
+        ("--output=log", "--sbatch: --output is not allowed there"),
+        ("-p cpu", "--sbatch: '-p' is not an option"),
+    ]:
+        assert said in invoked(*slurm, "--sbatch", options)
+    tokenize([path], tok, out, workers=1, shard=ShardChoice(0, 3))
+    assert "belongs to a division by another number than 2" in invoked(*slurm)
+    tokenize([path], tok, out, workers=1)
+    assert f"{out}.json: exists already" in invoked(*slurm)
+    stray = (path, "--tokenizer", tok, "--out", tmp_path / "fr", "--stdin-kind", "txt")
+    assert "--stdin-kind: there is no - among the files" in invoked(*stray)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_corpus_does_not_take_the_place_of_its_text(
+    overwrite: bool, tok: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "own"
+    folder.mkdir()
+    text, linked = folder / "en.json", folder / "link.json"
+    text.write_text('{"text": "a document"}\n')
+    linked.symlink_to(text)
+    for path in (text, linked):
+        with pytest.raises(InputError, match="is a text to be read, and the corpus would take its"):
+            tokenize([path], tok, folder / "en", workers=1, overwrite=overwrite)
+    assert files_of(folder) == ["en.json", "link.json"]
+    assert text.read_text() == '{"text": "a document"}\n'
+
+
+@pytest.mark.parametrize("suffix", [".ids", ".sources", ".targets", ".skipped.jsonl"])
+def test_no_file_that_is_there_is_replaced(suffix: str, tok: Path, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ["a document"])
+    (tmp_path / f"en{suffix}").write_text("mine")
+    with pytest.raises(InputError, match=f"en{suffix}: exists already"):
+        tokenize([path], tok, tmp_path / "en", workers=1)
+    assert (tmp_path / f"en{suffix}").read_text() == "mine"

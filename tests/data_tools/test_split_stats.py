@@ -18,7 +18,7 @@ from megaphase.corpus import Corpus, CorpusWriter
 from megaphase.corpus.format import document_hash
 from megaphase.data_tools.commands import data_app
 from megaphase.data_tools.corpora.split import split
-from megaphase.data_tools.corpora.stats import corpus_stats, stats_tables
+from megaphase.data_tools.corpora.stats import corpus_stats, stats_tables, tokenizer_of
 from megaphase.data_tools.corpora.verify import verify_corpus
 from megaphase.data_tools.tokenization.tokenize import tokenize
 from megaphase.plan.stream import Stream
@@ -163,14 +163,14 @@ def test_the_tables_compare_corpora(corpus: Path, tok: Path, tmp_path: Path) -> 
     assert 0 < single_bytes < 1
     other_tok = make_tokenizer(tmp_path / "other", seed=9)
     with pytest.raises(InputError, match="en: was made with another tokenizer than"):
-        stats_tables({corpus: corpus_stats(corpus)}, other_tok)
+        tokenizer_of([corpus], other_tok)
 
 
 def test_stats_fit_a_terminal(corpus: Path, tok: Path, tmp_path: Path) -> None:
     screen = io.StringIO()
     (tmp_path / "a").mkdir()
     Console(file=screen, width=100).print(
-        stats_tables({Path("data/en"): corpus_stats(corpus)}, tok)
+        stats_tables({Path("data/en"): corpus_stats(corpus)}, tokenizer_of([corpus], tok))
     )
     assert "…" not in screen.getvalue()
     assert np.all(np.array(list(map(len, screen.getvalue().splitlines()))) <= 100)

@@ -201,6 +201,12 @@ def test_only_a_tokenizer_is_replaced_and_only_when_asked(tmp_path: Path) -> Non
     assert (out / "tokenizer.model").read_bytes() == before
     train_tokenizer({"a": [path]}, out, vocab_size=291, overwrite=True)
     assert Tokenizer.load(out).vocab_size == 291
+    link = tmp_path / "link"
+    link.symlink_to(out)
+    train_tokenizer({"a": [path]}, link, vocab_size=292, overwrite=True)
+    assert Tokenizer.load(out).vocab_size == 292
+    assert link.is_symlink()
+    assert not list(tmp_path.glob(".*"))
 
     (out / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match=r"tok: contains other files, such as notes\.txt"):
