@@ -157,10 +157,11 @@ class StoredParameters:
                 )
                 for file, shard in index["shards"].items()
             }
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise InputError(
-                folder / INDEX_FILE, "is missing or damaged", "use another checkpoint"
-            ) from None
+        except OSError as error:
+            problem = f"cannot be read ({error.strerror})"
+            raise InputError(folder / INDEX_FILE, problem, "use another checkpoint") from None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(folder / INDEX_FILE, "is damaged", "use another checkpoint") from None
         self._pieces: dict[tuple[str, int], list[tuple[Piece, str]]] = defaultdict(list)
         for file, shard in self.shards.items():
             for name, piece in shard.pieces.items():

@@ -35,8 +35,15 @@ _TYPES = {
     torch.bfloat16: "BF16",
     torch.int64: "I64",
     torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
 }
 _DTYPES = {name: dtype for dtype, name in _TYPES.items()}
 
@@ -138,6 +145,7 @@ class TensorFile:
             described, self._begin = self._read_header()
             self.metadata: dict[str, str] = described.pop(_METADATA, {})
             self._offsets = {name: each["data_offsets"][0] for name, each in described.items()}
+            _refuse_unknown_type(path, described)
             self.kinds = {name: _kind_of(each) for name, each in described.items()}
         except (OSError, ValueError, KeyError, TypeError, IndexError):
             self._file.close()
@@ -213,6 +221,13 @@ def header_bytes(
 
 def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, TensorKind]:
     return {name: TensorKind(each.dtype, tuple(each.shape)) for name, each in tensors.items()}
+
+
+def _refuse_unknown_type(path: Path, described: Mapping[str, Mapping[str, Any]]) -> None:
+    for name, each in described.items():
+        if isinstance(each["dtype"], str) and each["dtype"] not in _DTYPES:
+            problem = f"{name} has the type {each['dtype']}, which is not known here"
+            raise InputError(path, problem, "use a checkpoint with another type")
 
 
 def _kind_of(described: Mapping[str, Any]) -> TensorKind:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,9 @@ from megaphase.convert.source_tokenizer import shared_tokenizer
 from megaphase.convert.verification import verified_meanwhile
 from megaphase.convert.weights import Weights, fp32_bytes, in_model_order
 from megaphase.distributed.sharding import ParameterLayout
+from megaphase.tokenizer import MODEL_NAME, Tokenizer
 from megaphase.utils.errors import InputError
+from megaphase.utils.files import remove_directory
 
 FEWEST = 2
 LEAST, MOST = 1e-6, 1e6  # of a checkpoint's weight
@@ -98,13 +102,26 @@ def average(
         write_checkpoint(
             folder, weights, (WEIGHT,), form, state, order=order, workers=workers, advance=advance
         )
-        if tokenizer is not None:
-            (folder / TOKENIZER_FOLDER).mkdir()
-            copy_tokenizer(tokenizer.path, folder / TOKENIZER_FOLDER)
-    if tokenizer is None and console is not None:
+        copied = tokenizer is not None and _copied(tokenizer, folder / TOKENIZER_FOLDER)
+    if not copied and console is not None:
         text = "without a tokenizer, which is not known of all sources: give it with --tokenizer"
         console.print(text, markup=False, soft_wrap=True)
     return newest
+
+
+def _copied(tokenizer: Tokenizer, folder: Path) -> bool:
+    """Copy a tokenizer, and return whether the copy is the same one: a `.model` given alone is used
+    as it is, which a folder's is not."""
+    folder.mkdir()
+    if tokenizer.path.is_file():
+        shutil.copyfile(tokenizer.path, folder / MODEL_NAME)
+    else:
+        copy_tokenizer(tokenizer.path, folder)
+    with suppress(InputError):
+        if Tokenizer.load(folder).fingerprint == tokenizer.fingerprint:
+            return True
+    remove_directory(folder)
+    return False
 
 
 def _checked(shares: Sequence[float] | None, checkpoints: int) -> Sequence[float]:

@@ -15,7 +15,7 @@ from rich.console import Console
 from megaphase.checkpoint.state import ADAMW, AVERAGE, NEW_TOKENS, OPTIMIZER, STATE_FILE
 from megaphase.checkpoint.tensor_file import TensorFile, TensorKind
 from megaphase.convert.checkpoint_writer import PORTABLE_FOLDER
-from megaphase.convert.hugging_face.config_file import CONFIG_FILE
+from megaphase.convert.hugging_face.config_file import CONFIG_FILE, ConfigFile
 from megaphase.convert.hugging_face.weights import find_tensors
 from megaphase.convert.megatron.distributed import is_distributed
 from megaphase.convert.megatron.from_megatron import open_saved
@@ -23,9 +23,10 @@ from megaphase.convert.megatron.names import TRACKER_FILE
 from megaphase.convert.safe_torch_load import check_archives
 from megaphase.convert.source import Source, open_source, verify_checkpoint
 from megaphase.utils.errors import InputError
-from megaphase.utils.files import folder_bytes, read_file, read_json
+from megaphase.utils.files import folder_bytes, read_file
 from megaphase.utils.names import LATEST
 from megaphase.utils.progress import bytes_progress
+from megaphase.utils.remote_files import is_url
 from megaphase.utils.run_files import CHECKPOINTS
 
 _MEGATRON_FOLDER = re.compile(r"mp_rank_\d+(_\d+)*")
@@ -78,7 +79,7 @@ def inspect(text: str, how: Inspector) -> Contents:
     path = Path(text)
     if (path / CHECKPOINTS).is_dir():
         return _megaphase(open_source(f"{text}@{LATEST}"), how)
-    if "@" in text or (path / STATE_FILE).is_file():
+    if is_url(text) or ("@" in text and not path.exists()) or (path / STATE_FILE).is_file():
         return _megaphase(open_source(text), how)
     if (path / CONFIG_FILE).is_file():
         return _hugging_face(path, how)
@@ -144,11 +145,13 @@ def _hugging_face(directory: Path, how: Inspector) -> Contents:
         found = find_tensors(directory, open_files, trust_pickle=how.trust_pickle)
         tensors = {each.name: each.kind for each in found}
         files = sorted({each.path for each in found})
-    config = read_json(directory / CONFIG_FILE)
+    config = ConfigFile(directory / CONFIG_FILE).values
+    names = config.get("architectures")
+    names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
     checked = _check_pickles([path for path in files if path.suffix == ".bin"], how)
     facts = {
         "folder": str(directory),
-        "architecture": ", ".join(config.get("architectures") or []) or None,
+        "architecture": ", ".join(names) or None,
         "layout": f"{len(files)} file{'s' if len(files) > 1 else ''}",
         "model": {k: v for k, v in config.items() if isinstance(v, int | float | str | bool)},
     }

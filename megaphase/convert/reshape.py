@@ -7,14 +7,21 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megaphase.checkpoint.parameters import WEIGHT, Kinds, StoredParameters, all_kinds
+from megaphase.checkpoint.parameters import (
+    WEIGHT,
+    Kinds,
+    StoredParameters,
+    all_kinds,
+    factor_layout,
+)
 from megaphase.checkpoint.state import ADAMW, OPTIMIZER
 from megaphase.convert.checkpoint_writer import Form, form_for, portable_form, write_checkpoint
 from megaphase.convert.output import new_folder
 from megaphase.convert.partition import Layout, check_tensor_size
 from megaphase.convert.source import Source, open_source, state_of_weights
 from megaphase.convert.verification import verified_meanwhile
-from megaphase.convert.weights import fp32_bytes, in_model_order
+from megaphase.convert.weights import FP32_BYTES, in_model_order
+from megaphase.distributed.sharding import ParameterLayout
 
 
 def reshape(
@@ -37,9 +44,9 @@ def reshape(
     source = open_source(text, average=average)
     form = _form(source, layout)
     kinds: Kinds = (WEIGHT,) if weights_only else source.weights.kinds_by_name
-    needed = fp32_bytes(source.shape) * len(all_kinds(kinds))
     state = state_of_weights(source.state) if weights_only else source.state
     order = _order(source.weights, kinds)
+    needed = sum(_bytes_of(source.weights.layouts[name], kind) for name, kind in order)
     with (
         new_folder(out, needed) as folder,
         verified_meanwhile(
@@ -60,6 +67,11 @@ def _order(weights: StoredParameters, kinds: Kinds) -> list[tuple[str, str]]:
     number = {kind: i for i, kind in enumerate(all_kinds(kinds))}
     by_kind = sorted(by_name, key=lambda each: number[each[1]])
     return max(by_name, by_kind, key=lambda order: _bytes_in_order(weights, order))
+
+
+def _bytes_of(layout: ParameterLayout, kind: str) -> int:
+    """In fp32; of the factors of a moment (Adafactor), not of the whole."""
+    return FP32_BYTES * (factor_layout(kind, layout) or layout).numel
 
 
 def _bytes_in_order(weights: StoredParameters, order: Sequence[tuple[str, str]]) -> int:

@@ -12,7 +12,7 @@ import torch
 
 from megaphase.checkpoint.fetch import remedy_for_damage
 from megaphase.checkpoint.names import find_checkpoint
-from megaphase.checkpoint.parameters import StoredParameters
+from megaphase.checkpoint.parameters import INDEX_FILE, StoredParameters
 from megaphase.checkpoint.state import AVERAGE, MANIFEST_FILE, STATE_FILE, check_format, read_state
 from megaphase.model.parameters import parameter_layouts
 from megaphase.model.shape import GPTShape
@@ -68,6 +68,7 @@ def open_source(text: str, *, average: bool = False) -> Source:
         raise InputError(
             folder / STATE_FILE, "is damaged, or of another version", "use another checkpoint"
         ) from None
+    _check_index(folder)
     weights = StoredParameters(folder)
     weights.check(parameter_layouts(shape, weights.tensor_size))
     weights.check_pieces()
@@ -75,6 +76,17 @@ def open_source(text: str, *, average: bool = False) -> Source:
         weights = weights.of_average()
         state = state_of_weights(state)
     return Source(folder, state, shape, weights)
+
+
+def _check_index(folder: Path) -> None:
+    """Raise InputError if the index of the shards is not the one that was saved: it is used before
+    all files are verified."""
+    described = files_in_manifest(folder).get(INDEX_FILE)
+    found = "is not in the manifest" if described is None else None
+    if described is not None:
+        found = file_damage(folder / INDEX_FILE, described)
+    if found is not None:
+        raise InputError(folder / INDEX_FILE, found, remedy_for_damage(folder))
 
 
 def state_of_weights(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from megaphase.checkpoint.parameters import Kinds, kinds_of
 from megaphase.distributed.sharding import ParameterLayout
 from megaphase.model.parameters import parameter_count, parameter_layouts
 from megaphase.model.shape import GPTShape
+from megaphase.utils.errors import InputError
 
 # This many bytes may wait in memory even if every parameter is smaller.
 _ALWAYS_ALLOWED = 1 << 26
@@ -53,6 +54,18 @@ class WithZeroBiases:
         if name in self._weights.layouts:
             return self._weights.whole(name, kind)
         return torch.zeros(self.layouts[name].shape)
+
+
+def as_dtype(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a weight in the dtype in which it is to be stored.
+
+    Raises:
+        InputError: fp16 cannot hold one of its values.
+    """
+    stored = weight.to(dtype)
+    if dtype == torch.float16 and stored.isinf().any():
+        raise InputError(name, "has values that fp16 cannot hold", "choose --dtype bf16")
+    return stored
 
 
 def in_model_order(weights: Weights, kinds: Kinds) -> list[tuple[str, str]]:

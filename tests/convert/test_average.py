@@ -237,3 +237,25 @@ def test_inspect_names_one_source_a_line(checkpoints: list[str], tmp_path: Path)
     words = ["average", "of", *f"checkpoint {checkpoints[0]}, step 100, share 0.5".split()]
     assert first.split() == words
     assert second.split() == f"checkpoint {checkpoints[1]}, step 101, share 0.5".split()
+
+
+def test_a_tokenizer_that_is_a_file_is_copied(tmp_path: Path) -> None:
+    """Where the folder has the same tokens as the file alone; otherwise it is said."""
+    made = make_tokenizer(tmp_path / "tok")
+    bare = tmp_path / "bare.model"
+    shutil.copyfile(made / "tokenizer.model", bare)
+    tokenizer = Tokenizer.load(bare)
+    shape = replace(SHAPE, vocab=tokenizer.vocab_size)
+    for number in (1, 2):
+        state = {"tokenizer_hash": tokenizer.fingerprint}
+        write(
+            tmp_path / "run" / "checkpoints" / f"step-0000000{number}", number,
+            portable_form(shape), shape, **state,
+        )  # fmt: skip
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"tokenizer": str(bare)}))
+    sources = [f"{tmp_path / 'run'}@step-0000000{number}" for number in (1, 2)]
+    result = CliRunner().invoke(convert_app, ["average", *sources, "--out", str(tmp_path / "mean")])
+    assert result.exit_code == 0, result.output
+    assert "without a tokenizer" not in result.output
+    found = load_tokenizer(open_source(str(tmp_path / "mean")), None)
+    assert found.fingerprint == tokenizer.fingerprint

@@ -15,6 +15,7 @@ from megaphase.checkpoint.parameters import MOMENTS, WEIGHT
 from megaphase.cli import app
 from megaphase.convert.partition import Layout
 from megaphase.convert.reshape import reshape
+from megaphase.convert.source import open_source
 from megaphase.model.parameters import parameter_count
 from megaphase.model.shape import GPTShape
 from megaphase.utils.errors import InputError
@@ -141,3 +142,60 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "README", tmp_path / "nowhere"):
         with pytest.raises(InputError, match="is no checkpoint of megaphase, Hugging Face"):
             inspected(path)
+
+
+def test_types_of_tensors_that_only_others_have(tmp_path: Path) -> None:
+    import safetensors.torch
+
+    tensors = {
+        "a": torch.zeros(4, dtype=torch.float8_e4m3fn),
+        "b": torch.zeros(2, dtype=torch.int8),
+    }
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
+    found = as_json(tmp_path / "model.safetensors")
+    assert found["tensors"]["a"]["shape"] == [4]
+    content = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "other.safetensors").write_bytes(content.replace(b"F8_E4M3", b"F8_E8M0"))
+    with pytest.raises(InputError, match=r"other\.safetensors: a has the type F8_E8M0, which"):
+        inspected(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [("{broken", "is not a JSON object"), ("[1]", "is not a JSON object"),
+     ('{"architectures": 5}', None), ('{"architectures": [null, "A"]}', None)],
+)  # fmt: skip
+def test_a_damaged_config_of_hugging_face(config: str, said: str | None, tmp_path: Path) -> None:
+    import safetensors.torch
+
+    folder = tmp_path / "a@b" / "model"
+    folder.mkdir(parents=True)
+    safetensors.torch.save_file({"a": torch.zeros(4)}, folder / "model.safetensors")
+    (folder / "config.json").write_text(config)
+    if said is None:
+        assert as_json(folder)["format"] == "Hugging Face"
+        return
+    with pytest.raises(InputError, match=said):
+        inspected(folder)
+
+
+def test_a_checkpoint_in_a_store(checkpoint: Path) -> None:
+    place = checkpoint.parent / "run" / "checkpoints" / "step-00000001"
+    place.parent.mkdir(parents=True)
+    checkpoint.rename(place)
+    found = as_json(f"file://{place}")
+    assert found["parameters"] == parameter_count(SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [('"embedding.weight"', '"embedding.weigh"'), ('"tensor": 2', '"tensor": "2"'),
+     ('"tensor": 2', '"tensor": 0')],
+)  # fmt: skip
+def test_an_altered_index_is_named(old: str, new: str, checkpoint: Path) -> None:
+    index = checkpoint / "parameters.json"
+    text = index.read_text()
+    assert old in text
+    index.write_text(text.replace(old, new))
+    with pytest.raises(InputError, match=rf"{index}: "):
+        open_source(str(checkpoint))

@@ -156,6 +156,12 @@ class ConfigFile:
         config._path, config._understood, config._values = Path(CONFIG_FILE), set(), dict(values)
         return config
 
+    @property
+    def values(self) -> Mapping[str, Any]:
+        """All of them, as they are in the file."""
+        values: Mapping[str, Any] = self._values
+        return values
+
     def get(self, key: str, default: Any = None) -> Any:
         """The value as it is in the file, `default` without the key."""
         self._understood.add(key)

@@ -27,7 +27,13 @@ from megaphase.convert.source import Precision, open_source
 from megaphase.convert.source_tokenizer import check_tokenizer_known, load_tokenizer
 from megaphase.convert.tensor_files import TensorFiles
 from megaphase.convert.verification import verified_meanwhile
-from megaphase.convert.weights import Weights, WithZeroBiases, in_model_order, read_each
+from megaphase.convert.weights import (
+    Weights,
+    WithZeroBiases,
+    as_dtype,
+    in_model_order,
+    read_each,
+)
 from megaphase.model.parameters import parameter_count
 from megaphase.model.shape import GPTShape
 from megaphase.tokenizer import Tokenizer
@@ -168,7 +174,7 @@ def _write_weights(
 
     def write(name: str, kind: str, whole: Tensor) -> None:
         for foreign_name, part in mappings[name].split(whole).items():
-            files.write(places[foreign_name], _stored(foreign_name, part, dtype))
+            files.write(places[foreign_name], as_dtype(foreign_name, part, dtype).contiguous())
             advance(kinds[foreign_name].nbytes)
 
     try:
@@ -201,13 +207,6 @@ def _shards(kinds: Mapping[str, TensorKind], max_bytes: int) -> dict[str, dict[s
         f"{stem}-{number:05d}-of-{count:05d}.{suffix}": shard
         for number, shard in enumerate(shards, 1)
     }
-
-
-def _stored(name: str, part: Tensor, dtype: torch.dtype) -> Tensor:
-    stored = part.to(dtype).contiguous()
-    if dtype == torch.float16 and stored.isinf().any():
-        raise InputError(name, "has values that fp16 cannot hold", "choose --dtype bf16")
-    return stored
 
 
 def _write_configs(

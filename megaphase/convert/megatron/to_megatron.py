@@ -31,7 +31,14 @@ from megaphase.convert.partition import check_tensor_size
 from megaphase.convert.qkv_order import interleaved
 from megaphase.convert.source import Precision, open_source
 from megaphase.convert.verification import verified_meanwhile
-from megaphase.convert.weights import Weights, WithZeroBiases, fp32_bytes, in_model_order, read_each
+from megaphase.convert.weights import (
+    Weights,
+    WithZeroBiases,
+    as_dtype,
+    fp32_bytes,
+    in_model_order,
+    read_each,
+)
 from megaphase.model.shape import GPTShape
 from megaphase.utils.files import atomic_write_text
 
@@ -139,7 +146,7 @@ def _write(
     advance: Callable[[int], object],
 ) -> None:
     def write(name: str, kind: str, whole: Tensor) -> None:
-        layout, foreign = parameters[name].layout, whole.to(dtype)
+        layout, foreign = parameters[name].layout, as_dtype(name, whole, dtype)
         if parameters[name].interleaved:
             foreign = interleaved(foreign, shape)
 

@@ -203,3 +203,10 @@ def test_commands(native, tmp_path) -> None:
     assert result.exit_code == 0, result.output
     assert "kv_heads: 8" in result.stdout
     assert isinstance(load(rank_file(there, 0))["args"], Namespace)
+
+
+def test_values_that_fp16_cannot_hold(tmp_path) -> None:
+    folder = write_random_checkpoint(tmp_path / "large", SHAPES["llama"], std=1e6)
+    with pytest.raises(InputError, match="has values that fp16 cannot hold; choose --dtype bf16"):
+        to_megatron(str(folder), tmp_path / "out", Target(1, "fp16"))
+    assert not (tmp_path / "out").exists()
