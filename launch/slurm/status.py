@@ -108,7 +108,7 @@ def read_status(run_dir: Path) -> Status:
         step=progress.step,
         steps=progress.steps if planned else None,
         done=progress.done,
-        loss=progress.training[-1]["loss"] if progress.training else None,
+        loss=_number(progress.training[-1], "loss") if progress.training else None,
         divergence=progress.divergence,
         tokens_per_second=_median(progress.training, "tokens_per_second"),
         remaining_seconds=progress.remaining_seconds if training or progress.done else None,
@@ -302,8 +302,14 @@ def _is_of_divergence(row: Mapping[str, Any]) -> bool:
 
 
 def _median(rows: list[dict[str, Any]], key: str) -> float | None:
-    numbers = [row[key] for row in rows if isinstance(row.get(key), int | float)]
+    numbers = [each for row in rows if (each := _number(row, key)) is not None]
     return statistics.median(numbers) if numbers else None
+
+
+def _number(row: Mapping[str, Any], key: str) -> float | None:
+    """A row's number; None where it is damaged."""
+    value = row.get(key)
+    return value if isinstance(value, int | float) else None
 
 
 def _seconds_since_change(path: Path) -> float | None:

@@ -427,3 +427,12 @@ HISTORY = {
     ],
     "skipped_steps": [],
 }
+
+
+def test_a_damaged_number_is_left_out(run_dir: Path) -> None:
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        row = training(71, "joint") | {"loss": "x", "tokens_per_second": None}
+        file.write(json.dumps(row) + "\n")
+    found = shown(run_dir)
+    assert "loss" not in found
+    assert found["step"].startswith("71")

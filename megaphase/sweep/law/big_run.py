@@ -10,7 +10,8 @@ from typing import Any
 from megaphase.config.load import run_config
 from megaphase.config.run import RunConfig
 from megaphase.corpus.manifest import corpus_file
-from megaphase.plan.spec import plan_spec, verified_corpora
+from megaphase.plan.spec import verified_corpora
+from megaphase.plan.task_corpora import bos_token, check_task_corpus, open_streams
 from megaphase.sweep.law.model_size import parameters_without_vocabulary
 from megaphase.tokenizer import Tokenizer
 from megaphase.utils.errors import InputError
@@ -164,9 +165,14 @@ def _of_corpora(config: RunConfig, missing: Sequence[str]) -> dict[str, int]:
                 f"{config.corpus(task)} does not exist yet",
                 f"make it, or add {EPOCH_TOKENS} {task}=N with the training tokens of an epoch",
             )
-    corpora = verified_corpora(config)
-    spec = plan_spec(config, Tokenizer.load(config.tokenizer), corpora=corpora)
-    streams = {task: spec.streams[task] for task in missing}
+    # The corpora of the others need not exist.
+    asked = config.model_copy(update={"tasks": {task: config.tasks[task] for task in missing}})
+    corpora = verified_corpora(asked)
+    of_tasks = {task: corpora[asked.corpus(task)] for task in missing}
+    tokenizer = Tokenizer.load(config.tokenizer)
+    for task, corpus in of_tasks.items():
+        check_task_corpus(asked, task, tokenizer, corpus)
+    streams = open_streams(asked, of_tasks, bos_token(asked, tokenizer), "training")
     return {task: each.samples_per_epoch * each.seq_len for task, each in streams.items()}
 
 

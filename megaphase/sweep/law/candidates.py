@@ -221,5 +221,5 @@ def _recipe(kind: Kind, rows: Sequence[LawRow], low: Sequence[str]) -> Recipe:
         over([row.phases[-1].rate(low) for row in rows]),
         over([row.phases[0].peak for row in rows]),
         over([row.phases[-1].peak for row in rows]),
-        several and not rows[0].phases[-1].reset,
+        several and rows[0].phases[-1].spans,
     )

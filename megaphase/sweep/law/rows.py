@@ -19,6 +19,8 @@ from megaphase.sweep.pareto.points import reason_of_failure
 from megaphase.sweep.sweep import OWN_KEYS
 from megaphase.sweep.trials import Trial, chain_of
 
+_SPANS = ", spans"  # after the name of a schedule
+
 
 @dataclass(frozen=True)
 class LawPhase:
@@ -41,6 +43,11 @@ class LawPhase:
     reset: bool
     learning_rate: Mapping[str, Any] = field(default_factory=dict)
     changes: bool = False
+
+    @property
+    def spans(self) -> bool:
+        """Whether its schedule spans several phases."""
+        return self.schedule.endswith(_SPANS)
 
     def rate(self, tasks: Iterable[str]) -> float:
         """Return the sampling rate of these tasks together."""
@@ -258,7 +265,7 @@ def law_phase(
         steps=steps,
         tokens={task: count for task, count in tokens.items() if count > 0},
         peak=config.peak,
-        schedule=config.schedule if config.steps in (None, steps) else f"{config.schedule}, spans",
+        schedule=config.schedule if config.steps in (None, steps) else f"{config.schedule}{_SPANS}",
         end=learning_rate(config, steps - 1, steps) / config.peak,
         reset=first or content.get("optimizer_state", "reset") == "reset",
         learning_rate=content["learning_rate"],

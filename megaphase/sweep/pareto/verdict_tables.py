@@ -17,10 +17,15 @@ from megaphase.sweep.pareto.view import SweepView
 
 
 def adjusted_p(contrasts: Sequence[Contrast]) -> list[float | None]:
-    """Return p of the differences in the mean loss, adjusted for all contrasts of the report."""
-    measured = [each.nats.mean.p for each in contrasts]
-    adjusted = iter(holm([p for p in measured if p is not None]))
-    return [None if p is None else next(adjusted) for p in measured]
+    """Return p of the differences in the mean loss, adjusted for all of the report; two baselines
+    have two contrasts, but one difference."""
+    found = {_pair(each): each.nats.mean.p for each in contrasts if each.nats.mean.p is not None}
+    adjusted = dict(zip(found, holm(list(found.values())), strict=True))
+    return [adjusted.get(_pair(each)) for each in contrasts]
+
+
+def _pair(contrast: Contrast) -> tuple[str | None, frozenset[str]]:
+    return contrast.model, frozenset((contrast.arm, contrast.against))
 
 
 @dataclass(frozen=True)
@@ -40,16 +45,17 @@ def contrast_tables(view: SweepView, fronts: ModelFronts) -> ContrastTables | No
     ]
     if not pairs:
         return None
-    count = len(view.contrasts)
+    count = len({_pair(each) for each in view.contrasts})
     note = (
         "Mean of high- and low-resource loss of the arm minus that of the other, seed by seed: "
         "below 0 the arm is better. Of as many random settings of each arm as the smaller one has, "
         "the one with the lowest mean loss on the validation split is chosen; its expected losses "
         f"on the {view.split} split are compared. [95 % interval] from Student’s t over the seeds; "
         "bold: without 0. Best of all: of all settings of each arm, which favours the arm with "
-        f"more of them. p, adj.: for the {count} {'row' if count == 1 else 'rows'} of this report, "
-        "adjusted after Holm. Wins or loses: the intervals of nats, bits per byte and best of all "
-        "are on the same side of 0, and that of no task is on the other."
+        f"more of them. p, adj.: adjusted after Holm for the {count} "
+        f"{'pair' if count == 1 else 'pairs'} of arms of this report. Wins or loses: the intervals "
+        "of nats, bits per byte and best of all are on the same side of 0, and that of no task is "
+        "on the other."
     )
     columns = [
         "arm", "with", "verdict", "nats per token", "p", "bits per byte", "best of all, nats",

@@ -324,3 +324,19 @@ def test_one_budget_tells_nothing_of_another(tmp_path):
     one = SweepLaw.of_rows(rows_of(lawful_rows(models=(MODEL, SMALL))))
     with pytest.raises(RunError, match=r"one budget, 1,280,000 tokens.*add a sweep with another"):
         recommend(one, big_run(tmp_path), target("{hi: min}"), "tok")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "reset", "one_peak"),
+    [("cosine, spans", True, True), ("cosine, spans", False, True), ("cosine", False, False),
+     ("cosine", True, False)],
+)  # fmt: skip
+def test_phases_have_one_peak_where_a_schedule_spans_them(schedule, reset, one_peak):
+    """Whether the optimizer state is reset says nothing about the schedule."""
+    rows = [
+        replace(row, phases=[row.phases[0], replace(row.phases[1], schedule=schedule, reset=reset)])
+        for row in lawful_rows()
+        if len(row.phases) == 2
+    ]
+    (recipe,) = [each for each in recipes_of(rows_of(rows)) if each.kind == "two-phase"]
+    assert recipe.one_peak == one_peak

@@ -19,6 +19,7 @@ from megaphase.sweep.pareto.fronts import ArmFront, fronts_of
 from megaphase.sweep.pareto.points import Point, RunLosses
 from megaphase.sweep.pareto.statistics import estimate
 from megaphase.sweep.pareto.verdict import progress_of, verdicts_of
+from megaphase.sweep.pareto.verdict_tables import adjusted_p
 
 T_2 = 4.302653  # two-sided 95 % quantile of Student's t with 2 degrees of freedom
 
@@ -313,6 +314,9 @@ tables = st.integers(1, 4).flatmap(
 def test_verdict_is_antisymmetric(one, two):
     there = contrast(arm_of("a", one), arm_of("b", two), None)
     back = contrast(arm_of("b", two), arm_of("a", one), None)
+    if there.nats.mean.p is not None:
+        # Two baselines are compared with each other twice, which is one difference.
+        assert adjusted_p([there, back]) == pytest.approx([there.nats.mean.p] * 2)
     assert back.nats.mean.mean == pytest.approx(-there.nats.mean.mean, abs=1e-12)
     assert back.sign == -there.sign
     opposite = {"wins": "loses", "loses": "wins", "undecided": "undecided"}
