@@ -152,19 +152,24 @@ def test_tensors_that_are_not_those_of_the_index_are_named(checkpoint: Path) -> 
     refused(checkpoint, file, f"{name} has 128 elements of torch.float16, not 128 of fp32")
 
 
+def save_index(checkpoint: Path, index: dict) -> None:
+    """Write the index as if the checkpoint had been saved with it."""
+    (checkpoint / INDEX_FILE).write_text(json.dumps(index))
+    renew_manifest(checkpoint, INDEX_FILE)
+
+
 def test_elements_in_two_shards_or_none_are_named(checkpoint: Path) -> None:
     name, file = "blocks.1.attention.out.weight", "shard-00001.safetensors"
-    path = checkpoint / INDEX_FILE
-    index = json.loads(path.read_text())
+    index = json.loads((checkpoint / INDEX_FILE).read_text())
     pieces = index["shards"][file]["pieces"]
     assert pieces[name] == [128, 256]
 
     pieces[name] = [127, 255]
-    path.write_text(json.dumps(index))
+    save_index(checkpoint, index)
     refused(checkpoint, file, f"elements of {name} from 127 on are also in another shard")
 
     pieces[name] = [129, 257]
-    path.write_text(json.dumps(index))
+    save_index(checkpoint, index)
     refused(checkpoint, f"element 128 of {name}, tensor-parallel rank 0, is in none of its shards")
 
 

@@ -172,16 +172,21 @@ def test_the_estimate_is_within_a_tenth_of_what_is_measured():
 
 
 def test_the_blocks_of_a_pattern_are_counted_by_their_kind():
-    """In fp32 on a GPU, windows have a mask, and keys and values are repeated for all heads."""
+    """In fp32 on a GPU, windows have a mask; keys and values are repeated for all heads in any
+    case."""
     setup = replace(BIG, bf16=False, sequence=False, tensor=1, device="cuda")
     shapes = [replace(GPT_13B, kv_heads=8), replace(GPT_13B, kv_heads=8, sliding_window=512)]
     full, sliding = (blocks_kept(replace(setup, shape=shape))[1] for shape in shapes)
     rows, width = setup.tokens, GPT_13B.hidden
-    assert sliding - full == 4 * (2 * rows * width + GPT_13B.seq_len**2)
+    repeated = 4 * 2 * rows * width
+    assert sliding - full == 4 * GPT_13B.seq_len**2
+    ungrouped = blocks_kept(replace(setup, shape=GPT_13B))[1]
+    keys = 4 * 2 * rows * (width - 8 * width // GPT_13B.heads)
+    assert ungrouped - (full - repeated) == keys
     kept = blocks_kept(replace(setup, shape=WINDOWS))
     assert kept[:5] == [0, sliding, 2 * sliding, 2 * sliding + full, 3 * sliding + full]
     # FlexAttention needs neither.
-    assert blocks_kept(replace(setup, shape=CAPPED))[-1] == 40 * full
+    assert blocks_kept(replace(setup, shape=CAPPED))[-1] == 40 * (full - repeated)
 
 
 setups = st.builds(

@@ -73,7 +73,7 @@ def test_the_scripts_do_what_the_command_was_asked_for(text, tok, whole, tmp_pat
         (["--shard", "0/3"], "--shard: --slurm chooses the shards itself; leave one out"),
         (["--template", "{"], "--template: '{' has unbalanced braces"),
         (["--tag", "fr"], "--tag: only translation pairs have a tag"),
-        (["--tasks", "0"], "--tasks: 0 is not a number of shards; give 1 to 99,999"),
+        (["--tasks", "0"], "--tasks: 0 is not a number of shards; give 2 to 99,999"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_submitted(
