@@ -146,7 +146,8 @@ def tokenize(
     """
     if workers < 1:
         raise InputError("--workers", f"{workers} is not a number of processes", "give 1 or more")
-    refuse_own_input(shard.prefix(out), [path for path in inputs if isinstance(path, Path)])
+    for prefix in {out, shard.prefix(out)}:
+        refuse_own_input(prefix, [path for path in inputs if isinstance(path, Path)])
     tokenization = check_tokenization(inputs, tokenizer_dir, reading, tag, shard)
     if tokenization.chats is not None and console:
         for remark in tokenization.chats.remarks():
@@ -301,9 +302,7 @@ def _encode(
         sources=["standard input" if path == STDIN else path.name for path in tokenization.inputs],
         kind=None if tokenization.chats is None else "chat",
         tag=tokenization.tag,
-        chat_template=None
-        if tokenization.chats is None
-        else tokenization.chats.template.fingerprint,
+        chat_template=None if tokenization.chats is None else tokenization.chats.fingerprint,
         turn_end=None if tokenization.chats is None else tokenization.chats.turn_end,
         job=hash_json(tokenization.shard_record.model_dump())
         if tokenization.can_be_resumed

@@ -229,12 +229,19 @@ def tokenizer_written_aside(out: Path, overwrite: bool) -> Iterator[Path]:
     error; see `check_out`. A link keeps leading there."""
     out = real_path(out)
     old = removal_path(out)
-    remove_directory(old)
-    with directory_written_aside(out) as aside:
-        yield aside
-        check_out(out, overwrite)  # again: training takes a while
-        if out.exists():
-            os.rename(out, old)
+    if old.exists() and not out.exists():  # an earlier call was killed between two renames
+        os.rename(old, out)
+    try:
+        with directory_written_aside(out) as aside:
+            yield aside
+            check_out(out, overwrite)  # again: training takes a while
+            if out.exists():
+                remove_directory(old)
+                os.rename(out, old)
+    except BaseException:
+        if old.exists() and not out.exists():
+            os.rename(old, out)
+        raise
     remove_directory(old)
 
 

@@ -17,6 +17,7 @@ from megaphase.chats.template_files import has_template
 from megaphase.chats.tokenizers_library import load_encoder
 from megaphase.tokenizer import TOKENIZER_JSON_NAME, Tokenizer
 from megaphase.utils.errors import InputError
+from megaphase.utils.files import hash_json
 
 _INSTRUCTIONS = frozenset(("system", "developer"))  # roles that ask nothing
 
@@ -99,6 +100,13 @@ class ChatEncoder:
         """The control token with which the template ends every turn of the assistant; None if it
         ends them with none."""
         return None if self._example is None else self._example.turn_end
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what determines the tokens beside the tokenizer. Where that puts BOS before texts,
+        earlier versions left out the template's, so their corpora have another one."""
+        own = self.template.fingerprint
+        return hash_json([own, "with BOS"]) if self.tokenizer.adds_bos else own
 
     def __getstate__(self) -> dict[str, Any]:
         return {"tokenizer": self.tokenizer, "template": self.template}

@@ -80,7 +80,9 @@ def open_source(text: str, *, average: bool = False) -> Source:
 
 def _check_index(folder: Path) -> None:
     """Raise InputError if the index of the shards is not the one that was saved: it is used before
-    all files are verified."""
+    all files are verified. Without a manifest it cannot be known."""
+    if not (folder / MANIFEST_FILE).exists():
+        return
     described = files_in_manifest(folder).get(INDEX_FILE)
     found = "is not in the manifest" if described is None else None
     if described is not None:

@@ -59,7 +59,7 @@ class RankModel:
     def join_others(self) -> None:
         """Take part in the forward passes of the ranks that still have work."""
         while self._partitioned and self._any_has_work(False):
-            with torch.no_grad():
+            with torch.inference_mode():
                 self._forward(torch.zeros(1, 1, dtype=torch.int64, device=self.device))
 
     def _any_has_work(self, own: bool) -> bool:

@@ -125,9 +125,6 @@ def _check_divisions(config: RunConfig, shape: GPTShape) -> None:
     for key in ("rotary_scaling", "no_rotary_interval", "sliding_rotary", "rotary_dim"):
         if getattr(shape, key) is not None and shape.position != "rotary":
             raise _refuse(config, key, f"positions are {shape.position}", "leave it out")
-    given = config.model.rotary_base not in (None, GPTShape.rotary_base)  # as `convert` writes it
-    if given and shape.position != "rotary":
-        raise _refuse(config, "rotary_base", f"positions are {shape.position}", "leave it out")
     if shape.rotary_dim is not None and (
         shape.rotary_dim % 2 or shape.rotary_dim > shape.head_size
     ):

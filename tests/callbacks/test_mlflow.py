@@ -180,24 +180,30 @@ def test_a_folder_is_refused(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert MLflowConfig(experiment="e").find_fault() is None
 
 
-def test_a_store_is_the_same_in_every_folder(
+def test_a_folder_that_mlflow_would_take_is_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A folder `mlruns`, which MLflow itself would take and refuse, is passed over."""
+    """It would take `mlruns` by itself, and then refuse it."""
     (tmp_path / "mlruns" / "0").mkdir(parents=True)
     (tmp_path / "mlruns" / "0" / "meta.yaml").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert MLflowConfig(experiment="e").uri() == f"sqlite:///{tmp_path}/mlflow.db"
-    relative = MLflowConfig(experiment="e", tracking_uri="sqlite:///a/b.db")
-    before = relative.target()
-    assert before["tracking_uri"] == f"sqlite:///{tmp_path}/a/b.db"
-    monkeypatch.chdir(tmp_path / "mlruns")
-    assert relative.target() != before
-    absolute = MLflowConfig(experiment="e", tracking_uri="sqlite:////data/b.db")
-    assert absolute.target()["tracking_uri"] == "sqlite:////data/b.db"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@tracker:5000")
-    assert MLflowConfig(experiment="e").target()["tracking_uri"] == "http://tracker:5000"
+    config = MLflowConfig(experiment="e", wait_seconds=120.0)
+    assert config.find_fault() is None
+    opened = config.build(TrackedRun("run", tmp_path, {})).open()
+    assert (tmp_path / "mlflow.db").is_file()
+    assert "sqlite:///mlflow.db" in opened.place
+
+
+def test_a_run_that_the_store_does_not_know_begins_anew(database: str, tmp_path: Path) -> None:
+    """As with a database in another folder, or another server in the environment."""
+    config = MLflowConfig(experiment="elsewhere", tracking_uri=database)
+    first = config.build(TrackedRun("run", tmp_path, {})).open()
+    again = config.build(TrackedRun("run", tmp_path, {}, id=first.id)).open()
+    assert again.id == first.id
+    other = config.build(TrackedRun("run", tmp_path, {}, id="0" * 32)).open()
+    assert other.id not in (first.id, "0" * 32)
+    assert other.position is None
 
 
 def test_rows_whose_answer_was_lost_are_recorded_once(

@@ -173,7 +173,10 @@ def test_trackers_that_raise_and_hang_do_not_change_a_run(
     assert dropped[3] == "ConnectionError"
     assert not (tmp_path / "toy.jsonl").exists()
 
-    # The run is done, and one of the trackers works now.
+    # The run is done: what they lack is tried again.
+    again = " ".join(run_well("train", path, prepare=add_toy).split())
+    assert f"Warning: toy: {len(rows)} of {len(rows)} records were dropped: Conn" in again
+    assert f"Warning: other: {len(rows)} of {len(rows)} records were dropped: it had not" in again
     del toy["fault"]
     write_run_file(tmp_path, toy_settings(corpora, toy=toy, other=other))
     said = run_well("train", path, prepare=add_toy)

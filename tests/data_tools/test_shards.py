@@ -205,8 +205,9 @@ def test_a_corpus_does_not_take_the_place_of_its_text(
     text.write_text('{"text": "a document"}\n')
     linked.symlink_to(text)
     for path in (text, linked):
-        with pytest.raises(InputError, match="is a text to be read, and the corpus would take its"):
-            tokenize([path], tok, folder / "en", workers=1, overwrite=overwrite)
+        for shard in (ShardChoice(0, 1), ShardChoice(0, 2)):
+            with pytest.raises(InputError, match="is a text to be read, and the corpus would take"):
+                tokenize([path], tok, folder / "en", workers=1, overwrite=overwrite, shard=shard)
     assert files_of(folder) == ["en.json", "link.json"]
     assert text.read_text() == '{"text": "a document"}\n'
 

@@ -207,6 +207,10 @@ def test_only_a_tokenizer_is_replaced_and_only_when_asked(tmp_path: Path) -> Non
     assert Tokenizer.load(out).vocab_size == 292
     assert link.is_symlink()
     assert not list(tmp_path.glob(".*"))
+    out.rename(tmp_path / ".tok.removed")  # as if the call had been killed between two renames
+    with pytest.raises(InputError, match="tok: exists already; pass --overwrite"):
+        train_tokenizer({"a": [path]}, out, vocab_size=293)
+    assert Tokenizer.load(out).vocab_size == 292
 
     (out / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match=r"tok: contains other files, such as notes\.txt"):

@@ -187,11 +187,6 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         {},
         ["model.rotary_scaling", "learned"],
     ),
-    "base of learned positions": (
-        SIZES | {"position": "learned", "rotary_base": 5e5},
-        {},
-        ["model.rotary_base", "learned"],
-    ),
     "odd rotary_dim": (SIZES | {"rotary_dim": 3}, {}, ["model.rotary_dim", "3", "8"]),
     "wide rotary_dim": (SIZES | {"rotary_dim": 10}, {}, ["model.rotary_dim", "10", "8"]),
     "rotated learned positions": (

@@ -44,7 +44,7 @@ class TrackerFeed(Callback):
         self._metrics = metrics
         self._kept = self.recorded_bytes = metrics.stat().st_size
         self._rows = UnrecordedRows(metrics, None, self._kept)
-        self._taken = self._refused = 0
+        self._seen = self._taken = 0
         self._reason = ""
         self._tracker: Tracker | None = None
         self._error: BaseException | None = None
@@ -77,7 +77,8 @@ class TrackerFeed(Callback):
             reason = f"it had not ended {self._config.wait_seconds:g} s after the run"
             if self._tracker is not None:
                 self._tracker.abandon()
-        dropped = self._refused + _lines_after(self._metrics, self.recorded_bytes)
+        unread = _lines_after(self._metrics, max(self._rows.read, self._kept))
+        dropped = self._seen - self._taken + unread
         if dropped:
             self.run.say(
                 f"Warning: {self._name}: {dropped:,} of {self._taken + dropped:,} records were "
@@ -97,7 +98,7 @@ class TrackerFeed(Callback):
                 return
             while self._write_next(tracker):
                 pass
-            if self.recorded_bytes == self._rows.read and not self._refused:
+            if self._seen == self._taken:
                 self._reason = ""
             tracker.close(self._error)
         except BaseException as error:
@@ -127,6 +128,7 @@ class TrackerFeed(Callback):
         self._news.clear()
         is_ending = self._ending.is_set()  # before the rows are read, so that none is missed
         records = self._rows.next(MOST_RECORDS)
+        self._seen += len(records)
         if not records:
             self.recorded_bytes = self._rows.read
             if not is_ending:
@@ -154,8 +156,7 @@ class TrackerFeed(Callback):
                 return None
             if wait is not None:
                 self._ending.wait(wait)
-        self._refused += 1
-        return 1
+        return 1  # it is dropped
 
     def _fails(self, error: BaseException) -> None:
         """Note why the tracker failed; the first time, it is said at once."""

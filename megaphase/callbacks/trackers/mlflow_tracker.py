@@ -31,11 +31,10 @@ MOST_TAG_CHARACTERS = 5000
 _NOT_IN_NAMES = re.compile(r"[^\w.\- ]")
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_USER = re.compile(r"(?<=://)[^/]*@")  # and the password
 _NAMED_SERVERS = ("databricks", "databricks-uc", "uc")
 # MLflow's own variables.
 _ALLOW_FOLDER, _URI = "MLFLOW_ALLOW_FILE_STORE", "MLFLOW_TRACKING_URI"
-_SQLITE = "sqlite:///"
+_USUAL_STORE = "sqlite:///mlflow.db"
 
 # Metrics, since all of a request are stored in one transaction, as tags and metrics are not.
 _POSITION = ("position/step", "position/rows")
@@ -62,19 +61,15 @@ class MLflowConfig(TrackerConfig):
     """The run's name; that of the run directory if left out."""
 
     def uri(self) -> str:
-        """The server or the database, which is the same in another current folder.
+        """The server or the database.
 
         Where nothing says which, MLflow itself would take a folder `mlruns` that it finds, and then
         refuse it.
         """
-        uri = self.tracking_uri or os.environ.get(_URI) or f"{_SQLITE}mlflow.db"
-        if uri.startswith(_SQLITE) and ":memory:" not in uri:
-            return _SQLITE + os.path.abspath(uri.removeprefix(_SQLITE))
-        return uri
+        return self.tracking_uri or os.environ.get(_URI) or _USUAL_STORE
 
     def target(self) -> dict[str, str | None]:
-        # Passwords are not stored.
-        return {"experiment": self.experiment, "tracking_uri": _USER.sub("", self.uri())}
+        return {"experiment": self.experiment, "tracking_uri": self.tracking_uri}
 
     def find_fault(self) -> Fault | None:
         uri = self.uri()
@@ -111,7 +106,7 @@ class MLflowTracker(Tracker):
             for library in ("mlflow", "alembic"):  # which say how they make a database
                 logging.getLogger(library).setLevel(logging.WARNING)
         self._client = MlflowClient(self._config.uri())
-        found = None if self._tracked.id is None else self._client.get_run(self._tracked.id)
+        found = self._known_run()
         if found is None:
             found = self._create()
         else:
@@ -124,6 +119,19 @@ class MLflowTracker(Tracker):
         position = None if step is None or row is None else Position(int(step), int(row))
         where = f"run {self._id} of experiment {self._config.experiment}"
         return Opened(self._id, position, f"{where} at {self._client.tracking_uri}")
+
+    def _known_run(self) -> Any:
+        """The run that an earlier start began; None if there is none, or not at this server."""
+        from mlflow.exceptions import MlflowException
+
+        if self._tracked.id is None:
+            return None
+        try:
+            return self._client.get_run(self._tracked.id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
 
     def _create(self) -> Any:
         """The new run, in an experiment that is made if it does not exist."""

@@ -10,8 +10,9 @@ from typing import Any
 from megaphase.config.load import run_config
 from megaphase.config.run import RunConfig
 from megaphase.corpus.manifest import corpus_file
+from megaphase.plan.corpus_counts import CorpusCounts
 from megaphase.plan.spec import verified_corpora
-from megaphase.plan.task_corpora import bos_token, check_task_corpus, open_streams
+from megaphase.plan.task_corpora import bos_token, check_task, check_task_corpus, open_streams
 from megaphase.sweep.law.model_size import parameters_without_vocabulary
 from megaphase.tokenizer import Tokenizer
 from megaphase.utils.errors import InputError
@@ -172,7 +173,12 @@ def _of_corpora(config: RunConfig, missing: Sequence[str]) -> dict[str, int]:
     tokenizer = Tokenizer.load(config.tokenizer)
     for task, corpus in of_tasks.items():
         check_task_corpus(asked, task, tokenizer, corpus)
-    streams = open_streams(asked, of_tasks, bos_token(asked, tokenizer), "training")
+    bos, known = bos_token(asked, tokenizer), CorpusCounts()
+    streams = open_streams(asked, of_tasks, bos, "training", known)
+    held_out = open_streams(asked, of_tasks, bos, "validation", known)
+    test = open_streams(asked, of_tasks, bos, "test", known)
+    for task in missing:
+        check_task(asked, task, streams[task], held_out[task], test.get(task), known)
     return {task: each.samples_per_epoch * each.seq_len for task, each in streams.items()}
 
 
