@@ -175,7 +175,7 @@ def tokenize_command(
             remedy = f"give 2 to {MOST_SHARDS:,}"
             raise InputError("--tasks", f"{tasks} is not a number of shards", remedy)
         check_tokenization(files, tokenizer, reading, tag, ShardChoice(tasks - 1, tasks))
-        refuse_own_input(out, [path for path in files if isinstance(path, Path)])
+        refuse_own_input(out, files)
         if not overwrite:
             refuse_existing(out)
         refuse_other_shards(out, tasks)

@@ -122,10 +122,11 @@ def _checked(
 ) -> Iterator[DocumentBatch]:
     """Yield all documents with their source files renumbered to indices into `names`; either all
     of them have origins or none has."""
-    numbers = {name: number for number, name in reversed(list(enumerate(names)))}
+    numbers = {name: number for number, name in enumerate(names)}
     with_origins = any(corpus.origins is not None for corpus in corpora)
     for corpus in corpora:
         sources = corpus.manifest.sources
+        # Two sources of a name are told apart by their places, which are the same in all shards.
         own = range(len(names)) if sources == names else [numbers[name] for name in sources]
         here = np.array(own, np.uint32)
         for batch in checked_batches(corpus, advance):

@@ -146,8 +146,8 @@ def tokenize(
     """
     if workers < 1:
         raise InputError("--workers", f"{workers} is not a number of processes", "give 1 or more")
-    for prefix in {out, shard.prefix(out)}:
-        refuse_own_input(prefix, [path for path in inputs if isinstance(path, Path)])
+    for prefix in (out, shard.prefix(out)):
+        refuse_own_input(prefix, inputs)
     tokenization = check_tokenization(inputs, tokenizer_dir, reading, tag, shard)
     if tokenization.chats is not None and console:
         for remark in tokenization.chats.remarks():

@@ -83,12 +83,10 @@ def _check_index(folder: Path) -> None:
     all files are verified. Without a manifest it cannot be known."""
     if not (folder / MANIFEST_FILE).exists():
         return
-    described = files_in_manifest(folder).get(INDEX_FILE)
-    found = "is not in the manifest" if described is None else None
-    if described is not None:
-        found = file_damage(folder / INDEX_FILE, described)
+    path, described = folder / INDEX_FILE, files_in_manifest(folder).get(INDEX_FILE)
+    found = "is not in the manifest" if described is None else file_damage(path, described)
     if found is not None:
-        raise InputError(folder / INDEX_FILE, found, remedy_for_damage(folder))
+        raise InputError(path, found, remedy_for_damage(folder))
 
 
 def state_of_weights(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -304,10 +304,11 @@ def refuse_existing(prefix: Path) -> None:
             raise InputError(path, "exists already", "pass --overwrite or choose another --out")
 
 
-def refuse_own_input(prefix: Path, inputs: Iterable[Path]) -> None:
-    """Raise InputError if a file of the corpus would take the place of one of its inputs."""
+def refuse_own_input(prefix: Path, inputs: Iterable[object]) -> None:
+    """Raise InputError if a file of the corpus would take the place of one of its inputs, of which
+    those that are paths are files."""
     own = {real_path(file_of(prefix, suffix)) for suffix in CORPUS_SUFFIXES}
     for path in inputs:
-        if real_path(path) in own:
+        if isinstance(path, Path) and real_path(path) in own:
             problem = "is a text to be read, and the corpus would take its place"
             raise InputError(path, problem, "choose another --out")

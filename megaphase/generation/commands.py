@@ -56,9 +56,12 @@ def _temperature(value: float) -> float:
     return value
 
 
-def _check_penalty(length_penalty: float | None, beam: int) -> None:
-    if length_penalty is not None and beam == 1:
+def _penalty(given: float | None, beam: int) -> float:
+    if given is None:
+        return _LENGTH_PENALTY
+    if beam == 1:
         raise InputError("--length-penalty", "applies only to beam search", "give --beam, too")
+    return given
 
 
 def generate_command(
@@ -191,7 +194,7 @@ def generate_command(
     if not temperature and (top_k or top_p < 1.0 or seed is not None):
         problem = "apply only to sampling"
         raise InputError("--top-k, --top-p and --seed", problem, "give --temperature, too")
-    _check_penalty(length_penalty, beam)
+    penalty = _penalty(length_penalty, beam)
     if json_key is not None and prompt is not None:
         raise InputError("--json-key", "is for --input and --messages", "leave it out")
     texts = prompt or ([] if input is None else read_prompts(input, json_key or "prompt"))
@@ -216,7 +219,7 @@ def generate_command(
     how = Decoding(
         max_tokens,
         beam,
-        _LENGTH_PENALTY if length_penalty is None else length_penalty,
+        penalty,
         temperature,
         top_k,
         top_p,
@@ -324,8 +327,7 @@ def translate_command(
     for file in (out, scores):
         if file is not None:
             check_place(file)
-    _check_penalty(length_penalty, beam)
-    how = Decoding(max_tokens, beam, _LENGTH_PENALTY if length_penalty is None else length_penalty)
+    how = Decoding(max_tokens, beam, _penalty(length_penalty, beam))
     test = TranslationTest(samples, how, batch, dtype, bleu_tokenizer, verify, split)
     console = new_console(stderr=True)
     results = evaluate_translation(config, checkpoint, task or [], test, console, average=average)

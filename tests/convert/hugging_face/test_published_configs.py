@@ -1,5 +1,5 @@
-"""Keys of published config.json files that transformers does not read: they are accepted where they
-say what the model is, and refused with any other value."""
+"""Keys of published config.json files that transformers ignores: the value that is true of the
+model is accepted, and every other value is refused."""
 
 from __future__ import annotations
 
