@@ -35,6 +35,13 @@ class Boundaries:
             return cls(None)
         return cls(_BLANK_LINE if reading.separator is None else separator_line(reading.separator))
 
+    @property
+    def remedy(self) -> str:
+        """What to do about a document that is too large."""
+        if self.line is None:
+            return "split it"
+        return "put a blank line or the --separator between documents, or use JSONL"
+
     @cached_property
     def between(self) -> str:
         """Regular expression of the separator of two documents, with the newline before it."""

@@ -28,8 +28,8 @@ from megaphase.data_tools.text.reading import Reading
 from megaphase.utils.errors import InputError
 
 CHUNK_BYTES = 1 << 20
-# A worker needs nine bytes of memory per byte of a document; a longer one is probably a mistake.
-LARGEST_DOCUMENT_BYTES = 1 << 24
+# What is read in search of the end of a document before a file is taken to have none.
+MOST_BYTES_WITHOUT_END = 1 << 27
 
 _PIECE_BYTES = 1 << 18
 
@@ -57,8 +57,8 @@ def read_chunks(
             Arrow file is read from its beginning to the end of the part.
         chunk_bytes: of text; must be the same for all parts of a file.
 
-    Raises InputError if the file cannot be read, is compressed and damaged or truncated, or
-    contains a document of more than 16 MB.
+    Raises InputError if the file cannot be read, is compressed and damaged or truncated, or no
+    document ends within 128 MB.
     """
     check_text_file(path)
     check_reading(path, reading, whole=begin == 0 and end is None)
@@ -180,8 +180,8 @@ def _compressed_chunks(
                 return
 
 
-class LargeDocument(InputError):
-    """A document is too large, which --on-error skip does not skip."""
+class NoDocumentEnd(InputError):
+    """A document has no end within 128 MB; --on-error skip does not help."""
 
 
 def _whole_documents(
@@ -204,9 +204,10 @@ def _whole_documents(
             yield data, lines
             position, searched = advance(position, cut, lines), chunk_bytes
         searched = max(searched, len(buffer))
-        if len(buffer) > chunk_bytes + LARGEST_DOCUMENT_BYTES:
+        if len(buffer) > chunk_bytes + MOST_BYTES_WITHOUT_END:
             line = position.line or count_lines(path, position.offset) + 1
-            raise LargeDocument(f"{display_name(path)}:{line}", *_too_large(ends))
+            problem = f"no document ends within {MOST_BYTES_WITHOUT_END >> 20} MB of here"
+            raise NoDocumentEnd(f"{display_name(path)}:{line}", problem, ends.remedy)
     if buffer:
         data = bytes(buffer)
         yield data, _count_lines(data)
@@ -222,10 +223,3 @@ def _pieces_between(file: BinaryIO, offset: int, end: int) -> Iterator[bytes]:
     while offset < end and (piece := file.read(min(_PIECE_BYTES, end - offset))):
         offset += len(piece)
         yield piece
-
-
-def _too_large(ends: Boundaries) -> tuple[str, str]:
-    problem = f"a document of more than {LARGEST_DOCUMENT_BYTES >> 20} MB begins here or soon after"
-    if ends.line is None:
-        return problem, "split it"
-    return problem, "put a blank line or the --separator between documents, or use JSONL"

@@ -19,6 +19,11 @@ from megaphase.data_tools.text.reading import ID_KEY, Chat, Document, Reading
 from megaphase.utils.errors import InputError
 from megaphase.utils.json_values import JSON_TYPES, string_fault
 
+# A worker needs nine bytes of memory per byte of a document; a longer one is probably a mistake.
+LARGEST_DOCUMENT_BYTES = 1 << 24
+_SHOWN_BYTES = 1 << 10
+_MOST_BYTES_OF_CHARACTER = 4
+
 
 @dataclass(frozen=True)
 class InvalidDocument:
@@ -26,7 +31,8 @@ class InvalidDocument:
 
     Attributes:
         where: file and line; in Parquet and Arrow, file and row.
-        text: the content; bytes that are not UTF-8 are written as \\x and two digits.
+        text: the content, of one of more than 16 MB only the beginning; bytes that are not UTF-8
+            are written as \\x and two digits.
     """
 
     where: str
@@ -47,9 +53,11 @@ def identified_documents(chunk: TextChunk, reading: Reading) -> Iterator[tuple[D
     under the key `id` of its JSON object or row, or b"" if it has none.
 
     Raises InputError, naming file and line (in Parquet and Arrow: row), if a line is not UTF-8 or
-    not a JSON object, or a key is missing or does not hold a string.
+    not a JSON object, or a key is missing or does not hold a string, or if a document of a text
+    file has more than 16 MB.
     """
     kind = file_type_of(chunk.path, reading.stdin_kind)
+    ends = Boundaries.of(kind, reading)
     if kind in ROW_KINDS:
         for where, row, names in _rows(chunk, reading):
             yield _document(row, reading, where, names), _id(row)
@@ -57,12 +65,14 @@ def identified_documents(chunk: TextChunk, reading: Reading) -> Iterator[tuple[D
         keys = reading.keys
         for number, line in enumerate(_without_mark(chunk).split(b"\n")):
             if line and not line.isspace():
+                _check_size(len(line), chunk, number, ends)
                 found = _quick_json_document(line, reading, keys)
                 yield _json_document(line, reading, chunk, number) if found is None else found
     else:
-        between = Boundaries.of(kind, reading).between
-        for block in re.split(between, f"\n{_decode(_without_mark(chunk), chunk)}"):
+        for block in re.split(ends.between, f"\n{_decode(_without_mark(chunk), chunk)}"):
             if block and not block.isspace():
+                if len(block) > LARGEST_DOCUMENT_BYTES // _MOST_BYTES_OF_CHARACTER:
+                    _check_size(len(block.encode()), chunk, 0, ends)
                 yield block.strip("\r\n"), b""
 
 
@@ -92,7 +102,9 @@ def identified_and_wrong_ones(
         try:
             yield from identified_documents(single, reading)
         except InputError as error:
-            text = single.data.strip(b"\r\n").decode(errors="backslashreplace")
+            is_large = len(single.data) > LARGEST_DOCUMENT_BYTES
+            data = single.data[:_SHOWN_BYTES] if is_large else single.data
+            text = data.strip(b"\r\n").decode(errors="backslashreplace")
             yield InvalidDocument(error.where, error.problem, text)
 
 
@@ -128,6 +140,17 @@ def _single_documents(chunk: TextChunk, reading: Reading) -> Iterator[TextChunk]
         after = advance(position, len(data), data.count(b"\n"))
         yield TextChunk(chunk.path, position, after, data, chunk.file_begin, 0)
         position, begin = after, end
+
+
+def _check_size(size: int, chunk: TextChunk, number: int, ends: Boundaries) -> None:
+    """Reject a document of so many bytes that begins at line `number` (from 0) or later."""
+    if size <= LARGEST_DOCUMENT_BYTES:
+        return
+    where = f"{display_name(chunk.path)}:{chunk.first_line + number}"
+    problem = f"a document of more than {LARGEST_DOCUMENT_BYTES >> 20} MB begins here"
+    if ends.line is not None:
+        problem += " or soon after"
+    raise InputError(where, problem, ends.remedy)
 
 
 def _without_mark(chunk: TextChunk) -> bytes:

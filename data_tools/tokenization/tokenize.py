@@ -35,7 +35,7 @@ from megaphase.data_tools.text import (
     read_chunks,
     size_on_disk,
 )
-from megaphase.data_tools.text.chunks import LargeDocument
+from megaphase.data_tools.text.chunks import NoDocumentEnd
 from megaphase.data_tools.text.prefetch import prefetched
 from megaphase.data_tools.tokenization.chunk_encoder import ChunkEncoder
 from megaphase.data_tools.tokenization.readers import reader_count, tokenize_parts
@@ -326,7 +326,7 @@ def _encode(
                 _write(writer, tokenization, encoder, workers, advance)
     except (InputError, RunError, KeyboardInterrupt) as error:
         if writer.saved_documents:
-            skipped = skip_wrong or isinstance(error, LargeDocument)
+            skipped = skip_wrong or isinstance(error, NoDocumentEnd)
             _raise_with_resume_hint(error, writer.saved_documents, console, skipped=skipped)
         raise
     assert writer.manifest is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import re
@@ -93,6 +94,27 @@ def test_blocks_of_plain_text_are_skipped_one_by_one(tok, tmp_path):
         },
         {"where": f"{path}:10", "problem": "is not UTF-8 text (byte 0xfe)", "text": "\\xfe"},
     ]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt.gz"])
+def test_a_document_of_more_than_16_mb_is_skipped(tok, tmp_path, name):
+    large = "word " * (1 << 22)
+    texts = [*GOOD[:2], large, *GOOD[2:]]
+    if name == "a.jsonl":
+        path = write_jsonl(tmp_path / name, texts)
+    else:
+        path = tmp_path / name
+        path.write_bytes(gzip.compress("\n\n".join(texts).encode(), 1))
+    with pytest.raises(InputError, match=r": a document of more than 16 MB begins here"):
+        tokenize([path], tok, tmp_path / "out" / "en", workers=2)
+    assert files_of(tmp_path / "out") == []
+    found = tokenize([path], tok, tmp_path / "en", workers=2, skip_wrong=True)
+    assert (found.documents, found.skipped_wrong) == (len(GOOD), 1)
+    (record,) = skipped(tmp_path / "en")
+    assert record["where"] == f"{path}:{3 if name == 'a.jsonl' else 5}"
+    assert len(record["text"]) <= 1024
+    tokenize([write_jsonl(tmp_path / "good.jsonl", GOOD)], tok, tmp_path / "good", workers=1)
+    assert corpus_bytes(tmp_path / "en")[".bin"] == corpus_bytes(tmp_path / "good")[".bin"]
 
 
 def test_where_all_is_wrong_there_is_no_corpus_and_no_list(tok, tmp_path):

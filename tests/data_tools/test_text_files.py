@@ -231,10 +231,10 @@ def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
 
 
 def test_a_document_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "LARGEST_DOCUMENT_BYTES", 1 << 20)
+    monkeypatch.setattr(chunks, "MOST_BYTES_WITHOUT_END", 1 << 20)
     path = tmp_path / "a.txt"
     path.write_text("first\n\n" + "line\n" * 500_000)
-    with pytest.raises(InputError, match=r"a\.txt:1: a document of more than 1 MB begins here or"):
+    with pytest.raises(InputError, match=r"a\.txt:1: no document ends within 1 MB of here; put a"):
         documents(path)
 
 
@@ -242,7 +242,7 @@ def test_a_document_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.M
 def test_documents_end_at_blank_lines_in_large_files_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
 ) -> None:
-    monkeypatch.setattr(chunks, "LARGEST_DOCUMENT_BYTES", 1 << 16)
+    monkeypatch.setattr(chunks, "MOST_BYTES_WITHOUT_END", 1 << 16)
     path = tmp_path / "a.txt"
     path.write_bytes(f"{'word ' * 200}\n{line}\n".encode() * 2_000)
     cut = list(read_chunks(path, Reading(), chunk_bytes=1 << 16))

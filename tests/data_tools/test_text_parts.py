@@ -210,13 +210,13 @@ def test_lines_before_a_part_are_counted_once(tmp_path: Path) -> None:
     assert count_lines.cache_info().misses == counts + 1
 
 
-def test_a_too_large_document_is_named_in_parts_too(
+def test_a_document_without_end_is_named_in_parts_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunks_module, "LARGEST_DOCUMENT_BYTES", 1 << 20)
+    monkeypatch.setattr(chunks_module, "MOST_BYTES_WITHOUT_END", 1 << 20)
     path = tmp_path / "a.txt"
     path.write_text("first\n\n" + "line\n" * 500_000)
-    with pytest.raises(InputError, match=r"a\.txt:3: a document of more than 1 MB begins here or"):
+    with pytest.raises(InputError, match=r"a\.txt:3: no document ends within 1 MB of here"):
         list(read_chunks(path, Reading(), begin=5))
 
 
