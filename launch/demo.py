@@ -20,6 +20,7 @@ from megaphase.data_tools.synthetic.languages import DEFAULT_LANGUAGES, write_la
 from megaphase.utils.errors import InputError, RunError, Stopped
 from megaphase.utils.files import atomic_write_text
 from megaphase.utils.process_lifetime import ends_with_this_process
+from megaphase.utils.python_command import python_command
 from megaphase.utils.signals import recorded_signals, signal_name, signals_blocked
 from megaphase.utils.standard_streams import new_console
 
@@ -140,7 +141,7 @@ def _run(command: Sequence[str]) -> tuple[int, str | None]:
     with recorded_signals() as received:
         with signals_blocked():
             process = subprocess.Popen(
-                [sys.executable, "-m", "megaphase", *command],
+                python_command("megaphase", *command),
                 env=os.environ | ends_with_this_process(),
             )
         while process.poll() is None:

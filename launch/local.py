@@ -22,6 +22,7 @@ from megaphase.distributed.dist_env import REPORTS_VARIABLE
 from megaphase.fault_tolerance.fault_detector import GONE
 from megaphase.utils.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REQUEUE, EXIT_WRONG_INPUT
 from megaphase.utils.process_lifetime import ends_with_this_process
+from megaphase.utils.python_command import python_command
 from megaphase.utils.signals import (
     SAME_PRESS_SECONDS,
     exit_code_after,
@@ -53,7 +54,7 @@ class ExitMessages:
 
 def launch_local(command: Sequence[str], processes: int, exit_messages: ExitMessages) -> int:
     """Run `python -m megaphase COMMAND...` as `processes` ranks; returns the common exit code."""
-    return run_as_ranks([sys.executable, "-m", "megaphase", *command], processes, exit_messages)
+    return run_as_ranks(python_command("megaphase", *command), processes, exit_messages)
 
 
 def run_as_ranks(

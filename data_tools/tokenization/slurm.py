@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megaphase.utils.files import make_directory
+from megaphase.utils.python_command import python_command
 from megaphase.utils.slurm import cancel, require_sbatch, submit
 
 # Options of sbatch that both jobs would get, and what to do instead.
@@ -17,7 +17,7 @@ NOT_FOR_SBATCH = {
     "cpus-per-task": "use --workers",
     **dict.fromkeys(("output", "error", "job-name", "dependency"), "leave it out"),
 }
-_COMMAND = (sys.executable, "-m", "megaphase", "data")
+_COMMAND = python_command("megaphase", "data")
 
 
 @dataclass(frozen=True)

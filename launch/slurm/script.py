@@ -6,13 +6,13 @@ import importlib.resources
 import math
 import re
 import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megaphase.config.run import RunConfig
 from megaphase.utils.errors import InputError
+from megaphase.utils.python_command import python_command
 
 # Time in which the processes should end after one was found dead.
 _LEAVING_SECONDS = 15.0
@@ -138,7 +138,7 @@ def batch_script(
         key, _, value = option.removeprefix("--").partition("=")
         header[key] = value
     settings = {
-        "megaphase": f"({shlex.quote(sys.executable)} -m megaphase)",
+        "megaphase": f"({shlex.join(python_command('megaphase'))})",
         "restarts": str(resources.restarts),
         "exclude_bad_nodes": "yes" if resources.exclude_bad_nodes else "no",
         "logs": f'{shlex.quote(f"{logs}/{prefix}")}"$SLURM_JOB_ID-%N.log"',
@@ -172,7 +172,7 @@ def command_script(resources: Resources, name: str, line: str) -> str:
     if resources.cores is not None:
         options.append(f"--cpus-per-task={resources.cores}")
     header = [f"#SBATCH {shlex.quote(option)}" for option in (*options, *resources.options)]
-    command = f"exec {shlex.quote(sys.executable)} -m megaphase {line.strip()}"
+    command = f"exec {shlex.join(python_command('megaphase'))} {line.strip()}"
     return "\n".join(["#!/bin/bash", *header, command]) + "\n"
 
 

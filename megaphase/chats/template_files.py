@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megaphase.utils.errors import InputError
+from megaphase.utils.errors import InputError, file_fault
 
 TEMPLATE_NAME, CONFIG_NAME = "chat_template.jinja", "tokenizer_config.json"
 _MORE_TEMPLATES = "additional_chat_templates"
@@ -91,4 +91,4 @@ def _read(path: Path) -> str:
         problem = f"is not UTF-8 text (byte 0x{error.object[error.start]:02x})"
         raise InputError(path, problem, _REMEDY) from None
     except OSError as error:
-        raise InputError(path, f"cannot be read ({error.strerror})", _REMEDY) from None
+        raise file_fault(path, error, _REMEDY) from None

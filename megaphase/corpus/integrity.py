@@ -18,7 +18,7 @@ import numpy as np
 from megaphase.corpus.batch import checksums
 from megaphase.corpus.manifest import BLOCKS_SUFFIX, TARGETS_SUFFIX, Suffix, corpus_file
 from megaphase.corpus.reader import Corpus
-from megaphase.utils.errors import InputError
+from megaphase.utils.errors import InputError, RunError, file_fault
 from megaphase.utils.files import hash_file
 
 SMALL_BIN_BYTES = 16 << 20
@@ -89,13 +89,13 @@ def altered_document(corpus: Corpus, document: int, why: str) -> InputError:
     return InputError(corpus_file(corpus.prefix, ".bin"), problem, _REMEDY)
 
 
-def _error_of_file(corpus: Corpus, suffix: Suffix) -> InputError | None:
+def _error_of_file(corpus: Corpus, suffix: Suffix) -> InputError | RunError | None:
     path = corpus_file(corpus.prefix, suffix)
     try:
         if hash_file(path) == corpus.manifest.files[suffix].hash:
             return None
     except OSError as error:
-        return InputError(path, f"cannot be read ({error.strerror})", _REMEDY)
+        return file_fault(path, error, _REMEDY)
     # If the index is altered too, it cannot be used to find the document.
     if suffix == ".bin" and _error_of_file(corpus, ".idx") is None:
         return wrong_tokens(corpus, 0, len(corpus.tokens))

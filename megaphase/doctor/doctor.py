@@ -8,7 +8,6 @@ import platform
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ from typing import Any
 
 from megaphase.doctor.finding import Finding, Settings, fault, first_line
 from megaphase.utils.errors import InputError
+from megaphase.utils.python_command import python_command
 
 # Variables of a rank, which would make a check one of a job's processes.
 OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -94,7 +94,7 @@ def run_checks(settings: Settings) -> Iterator[Result]:
 
 def run_bounded(check: Check, settings: Settings) -> list[Finding]:
     """Run a check in a process of its own; one that crashes or does not end in time is a fault."""
-    command = [sys.executable, "-m", "megaphase.doctor.run_check", check.function]
+    command = python_command("megaphase.doctor.run_check", check.function)
     environment = {key: value for key, value in os.environ.items() if key not in OF_A_RANK}
     with tempfile.TemporaryFile() as answer, tempfile.TemporaryFile() as said:
         process = subprocess.Popen(

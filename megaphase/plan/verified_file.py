@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from megaphase.utils.errors import InputError
+from megaphase.utils.errors import InputError, file_fault
 from megaphase.utils.files import new_hash
 
 # Written into a folder in which a piece was found altered, with the name of the file: the next
@@ -91,9 +91,7 @@ class VerifiedFile:
                     if pause(time.monotonic() - began):
                         return
         except OSError as error:
-            raise InputError(
-                self.path, f"cannot be read ({error.strerror})", "repair the disk, or start again"
-            ) from None
+            raise file_fault(self.path, error, "repair the disk, or start again") from None
         self.is_valid = True
 
     def _compare(self, piece: int, content: Any) -> None:

@@ -26,6 +26,7 @@ from megaphase.training.deepspeed_config import swap_folder
 from megaphase.utils.arguments import MOST_PROCESSES
 from megaphase.utils.errors import InputError, RunError
 from megaphase.utils.process_lifetime import ends_with_this_process
+from megaphase.utils.python_command import python_command
 
 # What is rehearsed, in this order, and the names that are shown.
 ACTIONS = {
@@ -214,7 +215,7 @@ def rehearse_run(
     }
     with console.status(f"Rehearsing rank {rank:,} of {processes:,}"):
         done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-m", "megaphase.rehearsal.process"],
+            python_command("megaphase.rehearsal.process", options=("-W", "ignore")),
             input=json.dumps(case),
             capture_output=True,
             text=True,

@@ -27,6 +27,7 @@ from typing import Any
 from megaphase.utils.errors import RunError
 from megaphase.utils.files import os_errors_named
 from megaphase.utils.process_lifetime import end_with_parent, ends_with_this_process
+from megaphase.utils.python_command import python_command
 from megaphase.utils.set_aside import make_way_for_file
 from megaphase.utils.signals import ALL_SIGNALS
 
@@ -94,7 +95,7 @@ class _Server:
         arguments = [str(other_end.fileno()), *(["compiled"] if compiled else [])]
         with other_end:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "megaphase.sweep.fork_server", *arguments],
+                python_command("megaphase.sweep.fork_server", *arguments),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 env={**environment, **ends_with_this_process()},

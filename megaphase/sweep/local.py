@@ -6,7 +6,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +39,7 @@ from megaphase.utils.errors import (
 )
 from megaphase.utils.files import os_errors_named
 from megaphase.utils.process_lifetime import ends_with_this_process
+from megaphase.utils.python_command import python_command
 from megaphase.utils.set_aside import make_way_for_file
 from megaphase.utils.signals import SAME_PRESS_SECONDS, recorded_signals, signal_name
 
@@ -94,7 +94,7 @@ def start_command(command: Sequence[str], log: Path, environment: Mapping[str, s
         make_way_for_file(log, "a log")
     with open(log, "ab") as file:
         return subprocess.Popen(
-            [sys.executable, "-m", "megaphase", *command],
+            python_command("megaphase", *command),
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megaphase.tokenizer.record import TOKENIZER_JSON_NAME
-from megaphase.utils.errors import InputError
+from megaphase.utils.errors import InputError, file_fault
 from megaphase.utils.files import read_json
 
 # Classes of transformers that begin every text with BOS unless `add_bos_token` is false.
@@ -164,7 +164,7 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         value = read_json(path)
     except OSError as error:
-        raise InputError(path, f"cannot be read ({error.strerror})", _REMEDY) from None
+        raise file_fault(path, error, _REMEDY) from None
     except ValueError:
         value = None
     if not isinstance(value, dict):

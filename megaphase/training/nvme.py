@@ -8,7 +8,7 @@ from tempfile import TemporaryFile
 from megaphase.config.run import RunConfig
 from megaphase.training.deepspeed_config import swap_folder
 from megaphase.training.deepspeed_import import import_deepspeed
-from megaphase.utils.errors import InputError
+from megaphase.utils.errors import InputError, file_fault
 from megaphase.utils.locks import exclusive_lock
 
 LOCK_FILE = "megaphase-async-io.lock"
@@ -27,11 +27,9 @@ def prepare_offload(config: RunConfig) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise InputError(
-            config.where("parallel.offload_folder"),
-            f"{folder} cannot be written ({error.strerror})",
-            "give a folder on a disk of every node",
-        ) from None
+        where = config.where("parallel.offload_folder")
+        remedy = "give a folder on a disk of every node"
+        raise file_fault(folder, error, remedy, "cannot be written", where=where) from None
     try:
         load_async_io()
     except Exception as error:  # whatever the builders of torch and DeepSpeed raise

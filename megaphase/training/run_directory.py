@@ -16,7 +16,7 @@ from megaphase.plan.same_run import (
     refuse_other_run,
     settings_of,
 )
-from megaphase.utils.errors import InputError, RunError
+from megaphase.utils.errors import InputError, RunError, file_fault
 from megaphase.utils.files import atomic_write_json, os_errors_named, with_hash
 from megaphase.utils.locks import exclusive_lock
 from megaphase.utils.run_files import (
@@ -122,9 +122,8 @@ class RunDirectory:
             atomic_write_json(self.plan_file, with_hash(plan))
             atomic_write_json(self.run_file, settings_of(config))
         except OSError as error:
-            raise InputError(
-                config.where("output"), f"{self.path} cannot be written ({error.strerror})"
-            ) from None
+            where = config.where("output")
+            raise file_fault(self.path, error, "", "cannot be written", where=where) from None
 
 
 def _refuse_no_folder(path: Path, user: str, remedy: str) -> None:

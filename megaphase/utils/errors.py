@@ -90,8 +90,14 @@ def exit_code(error: InputError | RunError | Stopped | EndedAtOnce) -> int:
 
 # Errors of writes that would succeed on a larger disk.
 NO_SPACE = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
-# Errors that no path given by the user can cause.
-_FAULTS_OF_THE_MACHINE = NO_SPACE | {
+# Errors of paths that a user can give. All others are those of the machine or of a network file
+# system, which may be gone at the next start.
+_FAULTS_OF_PATHS = frozenset((
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.EXDEV),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.ENAMETOOLONG, errno.EILSEQ),
+    *(errno.EINVAL, errno.ENXIO, errno.ENODEV, errno.ESPIPE, errno.EOPNOTSUPP),
+))  # fmt: skip
+_FAULTS_WITHOUT_PATH = NO_SPACE | {
     *(errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 }
 
@@ -102,14 +108,31 @@ def os_fault(error: OSError) -> InputError | RunError | None:
     Returns RunError if the disk or the machine refused something, InputError if a path cannot be
     used, and None if the error names no file, which is a bug.
     """
+    if error.filename is not None:
+        return file_fault(_name(error.filename), error, "give another path", "cannot be used")
+    if error.errno in _FAULTS_WITHOUT_PATH:
+        return file_fault("a file", error, "")
+    return None
+
+
+def file_fault(
+    path: object, error: OSError, remedy: str, problem: str = "cannot be read", *, where: str = ""
+) -> InputError | RunError:
+    """Return the error to raise for a file that cannot be read or written.
+
+    It is an InputError with these parts if the path cannot be used, and a RunError if the disk or
+    the machine refused something, after which a job is started again.
+
+    Args:
+        problem: of the InputError, before the reason.
+        where: file and key of the InputError, if they are not the path itself.
+    """
     reason = error.strerror or str(error)
-    if error.errno in _FAULTS_OF_THE_MACHINE:
-        where = "a file" if error.filename is None else _name(error.filename)
-        verb = "written" if error.errno in NO_SPACE else "read or written"
-        return RunError(f"{where}: cannot be {verb} ({reason})")
-    if error.filename is None:
-        return None
-    return InputError(_name(error.filename), f"cannot be used ({reason})", "give another path")
+    if error.errno in _FAULTS_OF_PATHS:
+        told = f"{path} {problem}" if where else problem
+        return InputError(where or path, f"{told} ({reason})", remedy)
+    verb = "written" if error.errno in NO_SPACE else "read or written"
+    return RunError(f"{path}: cannot be {verb} ({reason})")
 
 
 def _name(filename: object) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 
 import xxhash
 
-from megaphase.utils.errors import NO_SPACE, InputError, RunError
+from megaphase.utils.errors import NO_SPACE, InputError, RunError, file_fault
 from megaphase.utils.set_aside import remove_leftover
 
 HASH_CHUNK_BYTES = 1 << 22
@@ -241,8 +241,8 @@ def make_directory(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        problem = f"cannot be created ({error.strerror})"
-        raise InputError(path, problem, "choose another place for the output") from None
+        remedy = "choose another place for the output"
+        raise file_fault(path, error, remedy, "cannot be created") from None
 
 
 def remove_directory(directory: Path) -> None:

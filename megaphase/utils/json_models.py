@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from megaphase.utils.errors import InputError
+from megaphase.utils.errors import InputError, file_fault
 from megaphase.utils.files import (
     AlteredError,
     atomic_write_json,
@@ -31,7 +31,7 @@ def read_record(path: Path, model: type[Record], remedy: str) -> Record:
     except FileNotFoundError:
         raise InputError(path, "no such file", remedy) from None
     except OSError as error:
-        raise InputError(path, f"cannot be read ({error.strerror})", remedy) from None
+        raise file_fault(path, error, remedy) from None
     try:
         value = json.loads(text)
         if isinstance(value, dict) and "hash" in value:

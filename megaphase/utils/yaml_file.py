@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from megaphase.utils.errors import InputError
+from megaphase.utils.errors import InputError, file_fault
 from megaphase.utils.files import read_file
 from megaphase.utils.names import shown
 
@@ -84,8 +84,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(path, "no such file", "give the path of a run file") from None
     except OSError as error:
-        problem = f"cannot be read ({error.strerror})"
-        raise InputError(path, problem, "give the path of a run file") from None
+        raise file_fault(path, error, "give the path of a run file") from None
     except UnicodeDecodeError:
         raise InputError(path, "this is not UTF-8 text") from None
     if len(text) > MOST_BYTES:

@@ -239,7 +239,8 @@ def test_dry_run_prints_scripts_that_bash_reads(folder: Path) -> None:
     ):  # fmt: skip
         assert f"#SBATCH {option.strip(chr(39))}" in [line.replace("'", "") for line in header]
     assert (
-        f"exec {sys.executable} -m megaphase data verify 'my '${{SLURM_ARRAY_TASK_ID}}''" in first
+        f"exec {sys.executable} -P -m megaphase data verify 'my '${{SLURM_ARRAY_TASK_ID}}''"
+        in first
     )
     for line in ("--time=2:00:00", "--qos=high", f"--chdir={folder}", "--ntasks-per-node=2"):
         assert f"#SBATCH {line}\n" in second

@@ -11,9 +11,12 @@ import warm_commands
 from run_support import make_corpora, run_settings, write_run_file
 
 from megaphase import cli
+from megaphase.corpus.manifest import Manifest
 from megaphase.data_tools.text import expand_inputs
+from megaphase.utils import json_models, yaml_file
 from megaphase.utils.errors import InputError, RunError, exit_code, os_fault
 from megaphase.utils.files import atomic_write_text, directory_written_aside, read_file, read_json
+from megaphase.utils.json_models import read_record
 from megaphase.utils.yaml_file import read_yaml
 
 LATIN_1 = os.fsdecode(b"caf\xe9")
@@ -70,11 +73,34 @@ def test_other_places_where_such_names_come_from(tmp_path, monkeypatch, refuse):
     assert "the current directory: does not exist any more" in refuse("report", "run")
 
 
+def test_a_file_that_a_network_has_lost_is_no_wrong_input(tmp_path, monkeypatch):
+    """So that the job is started again (docs/slurm.md)."""
+    path = tmp_path / "corpus.json"
+    path.write_text("{}")
+    for number, kind in ((errno.ESHUTDOWN, RunError), (errno.EACCES, InputError)):
+
+        def fail(path, number=number, **options):
+            raise OSError(number, os.strerror(number), str(path))
+
+        for module in (json_models, yaml_file):
+            monkeypatch.setattr(module, "read_file", fail)
+        for read in (lambda: read_record(path, Manifest, "again"), lambda: read_yaml(path)):
+            with pytest.raises(kind, match=rf"corpus\.json: cannot be .*{os.strerror(number)}"):
+                read()
+
+
 def test_what_errors_of_the_system_mean():
     for number, kind in (
         (errno.ENOSPC, RunError),
         (errno.EDQUOT, RunError),
         (errno.EIO, RunError),
+        # Of network file systems that will be back.
+        (errno.ESHUTDOWN, RunError),
+        (errno.ENOTCONN, RunError),
+        (errno.ETIMEDOUT, RunError),
+        (errno.EREMOTEIO, RunError),
+        (errno.ENOLCK, RunError),
+        (errno.EBUSY, RunError),
         (errno.ENOTDIR, InputError),
         (errno.ENAMETOOLONG, InputError),
         (errno.ELOOP, InputError),
@@ -133,7 +159,8 @@ def test_files_of_another_kind_are_refused_without_waiting(tmp_path):
             read_json(path)
         assert caught.value.errno == number
         assert caught.value.filename == str(path)
-        with pytest.raises(InputError, match=path.name):
+        kind = RunError if number == errno.EIO else InputError
+        with pytest.raises(kind, match=path.name):
             read_yaml(path)
     assert read_file(fifo, pipes=True) == b""  # nobody writes into it
     reading, writing = os.pipe()

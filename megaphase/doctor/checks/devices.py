@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,6 +11,7 @@ from tempfile import TemporaryDirectory
 from megaphase.doctor.finding import Finding, Settings, fault, first_line, ok
 from megaphase.launch.slurm.node import gpu_faults
 from megaphase.utils.nvidia_smi import query_gpus
+from megaphase.utils.python_command import python_command
 
 DEVICE_FILES = ("nvidia0", "kfd")  # of the drivers of NVIDIA and AMD
 PROCESSES = 2  # where there are no GPUs
@@ -98,14 +98,7 @@ def check_all_reduce(settings: Settings) -> Iterator[Finding]:
         yield fault("no GPU, so NCCL was not tried", "see the line `gpus`")
     backend, processes = ("nccl", gpus) if gpus else ("gloo", PROCESSES)
     with TemporaryDirectory(prefix="megaphase-doctor-") as folder:
-        command = [
-            sys.executable,
-            "-m",
-            "megaphase.doctor.all_reduce",
-            backend,
-            str(processes),
-            folder,
-        ]
+        command = python_command("megaphase.doctor.all_reduce", backend, str(processes), folder)
         environment = os.environ | {"NCCL_DEBUG": os.environ.get("NCCL_DEBUG", "WARN")}
         ranks = [
             subprocess.Popen(
