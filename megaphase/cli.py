@@ -65,7 +65,10 @@ class _Program(typer.Typer):
         """
         try:
             code = super().__call__(*arguments, standalone_mode=False, **options)
-        except typer.Abort:
+        except typer.Abort as error:
+            # What typer's questions make of an interruption, too.
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise error.__context__ from None
             print("megaphase: the input has ended", file=sys.stderr)
             code = EXIT_FAILED
         except Exception as error:

@@ -127,11 +127,13 @@ def _content(file: Any) -> str:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process and all that it has started; one that waits for a dead disk is left."""
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(KILL_SECONDS)
+    """End a process and all that it has started, which may first remove its files; one that waits
+    for a dead disk is left."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(KILL_SECONDS)
 
 
 def describe_machine() -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -38,6 +39,7 @@ def findings_of(function: str, settings: Settings) -> list[Finding]:
 
 def main(function: str, directory: str, gpu: str) -> None:
     """Print the findings of a check."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that files are removed
     answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     warnings.simplefilter("ignore")

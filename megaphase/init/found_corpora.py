@@ -13,7 +13,7 @@ from megaphase.corpus import Corpus
 from megaphase.corpus.manifest import DATA_SUFFIXES, MANIFEST_SUFFIX, Manifest, corpus_file
 from megaphase.tokenizer import Tokenizer
 from megaphase.tokenizer.record import TOKENIZER_JSON_NAME
-from megaphase.utils.errors import InputError
+from megaphase.utils.errors import InputError, RunError
 from megaphase.utils.files import real_path
 from megaphase.utils.names import check_name, shown
 from megaphase.utils.paths import expanded_path
@@ -132,7 +132,7 @@ def find_tokenizer(corpora: Sequence[FoundCorpus], near: Sequence[Path]) -> Path
         try:
             if Tokenizer.load(folder).fingerprint == wanted:
                 return folder
-        except InputError:
+        except (InputError, RunError, OSError):  # another user's file, too
             continue
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -91,7 +92,7 @@ def answers_of(options: Options, console: Console) -> Answers:
         find_corpora(options.corpora, say) if options.corpora else None,
         "Corpora (prefixes or globs, separated by spaces)",
         None,
-        lambda text: find_corpora(text.split(), say),
+        lambda text: find_corpora(_words(text), say),
         console,
     )
     for line in say:
@@ -107,7 +108,7 @@ def answers_of(options: Options, console: Console) -> Answers:
         _low(options.low, corpora) if options.low else None,
         f"{what} (names separated by spaces, or {NONE})",
         " ".join(suggested) or NONE,
-        lambda text: _low(text.split(), corpora),
+        lambda text: _low(_words(text), corpora),
         console,
     )
     gpus = _gpus(options, console)
@@ -179,6 +180,14 @@ def _tokenizer(
     return _ask_unless(
         None, "Tokenizer of the corpora", None, lambda text: checked(Path(text)), console
     )
+
+
+def _words(text: str) -> list[str]:
+    """Cut an answer into words as a shell does."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise InputError("", f"the answer cannot be read ({error})", "close the quotes") from None
 
 
 def _low(given: Sequence[str], corpora: Sequence[FoundCorpus]) -> list[str]:

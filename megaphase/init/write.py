@@ -29,20 +29,21 @@ def write_run_file(options: Options, output: Path | None, *, force: bool) -> Non
     if (out.exists() or out.is_symlink()) and not force:
         raise InputError(out, "exists", "give another name, or --force to replace it")
     check_place(out)
-    _check_output(output)
+    name = out.stem if out.stem != "run" else "multilingual"
+    run = output or out.parent / RUNS / name
+    _check_output(run)
     console = new_console(highlight=False)
     choice = choose(answers_of(options, console))
-    name = out.stem if out.stem != "run" else "multilingual"
-    content = write_run(choice, output or out.parent / RUNS / name)
+    content = write_run(choice, run)
     gpus = choice.answers.gpus
     check_run(content, out, choice.answers.tokenizer, gpus.count, gpus.memory_gb)
     atomic_write_text(out, content)
     _say(console, choice)
 
 
-def _check_output(output: Path | None) -> None:
+def _check_output(output: Path) -> None:
     """Raise InputError if the run directory cannot be made since a file is in its place."""
-    for folder in () if output is None else (output, *output.absolute().parents):
+    for folder in (output, *output.absolute().parents):
         if folder.exists() and not folder.is_dir():
             raise InputError("--output", f"{folder} is no folder", "give a folder for the run")
 

@@ -17,10 +17,12 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from stat import S_ISDIR
 from types import SimpleNamespace
 from typing import Any
 
 from megaphase.utils.errors import InputError, RunError
+from megaphase.utils.files import fsync_path
 
 SHIM = Path(__file__).with_name("fake_cuda.cpp")
 # The card that is rehearsed: its name and properties, as torch.cuda gives them on a real one.
@@ -69,7 +71,12 @@ def install_fake_device() -> None:
     if missing := missing_for_rehearsal():
         raise InputError(missing, "is not installed, and a rehearsal compiles a shim", "install it")
     os.environ |= {"DS_ACCELERATOR": "cuda", "CUDA_VISIBLE_DEVICES": ""}
-    shim = ctypes.CDLL(str(_compiled_shim()))
+    library = _compiled_shim()
+    try:
+        shim = ctypes.CDLL(str(library))
+    except OSError:  # cut off, as by a crash of the machine
+        library.unlink(missing_ok=True)
+        shim = ctypes.CDLL(str(_compiled_shim()))
     _replace_torch_cuda()
     shim.install_guard()
 
@@ -91,8 +98,8 @@ def _compiled_shim() -> Path:
         raise InputError("torch", "is not installed", "install it")
     root = Path(spec.origin).parent
     identity = SHIM.read_bytes() + (root / "version.py").read_bytes() + str(root).encode()
-    name = f"megaphase-fake-cuda-{os.getuid()}-{hashlib.sha256(identity).hexdigest()[:16]}.so"
-    library = Path(tempfile.gettempdir()) / name
+    name = f"fake-cuda-{hashlib.sha256(identity).hexdigest()[:16]}.so"
+    library = _own_folder() / name
     if library.exists():
         return library
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
@@ -105,8 +112,20 @@ def _compiled_shim() -> Path:
         if done.returncode:
             first = next((line for line in done.stderr.splitlines() if "error" in line), "")
             raise RunError(f"the rehearsal's shim does not compile against this torch: {first}")
+        fsync_path(fresh)
         os.replace(fresh, library)  # whole, also where several processes compile it at once
     return library
+
+
+def _own_folder() -> Path:
+    """A folder for code that is loaded, which no other user can write to."""
+    folder = Path(tempfile.gettempdir()) / f"megaphase-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    status = folder.lstat()
+    if not S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+        problem = "can be written by other users, or is no folder"
+        raise InputError(folder, problem, "remove it, or set TMPDIR to a folder of your own")
+    return folder
 
 
 class Stream:

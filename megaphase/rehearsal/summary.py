@@ -79,10 +79,12 @@ class Rehearsed:
             for operator, collective, place in report["conflicts"]:
                 faults.append(f"{operator} touches a tensor of an unfinished {collective}, {place}")
         card = planned_card(self.config)
-        if self._peak() > card.memory_gb * GB:
+        if self._peak() > card.memory_gb * GB * (1 - RESERVE):
             faults.append(
                 f"the run needs {self._peak() / GB:.1f} GB, and {card.title} has "
-                f"{card.memory_gb:g} GB; `megaphase plan` names layouts that fit"
+                f"{card.memory_gb:g} GB, of which {RESERVE:.0%} are kept free for what is not "
+                "rehearsed (the CUDA context, NCCL, fragmentation); `megaphase plan` names layouts "
+                "that fit"
             )
         return faults
 

@@ -20,10 +20,13 @@ RESERVED = re.compile(
 )
 # Tokens that end a turn of a dialogue: chat models name them as eos_token.
 _TURN_ENDS = frozenset(
-    ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<end_of_turn>", "<|assistant_end|>", "<|end|>")
+    (
+        *("<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|eom|>", "<|im_end|>", "<end_of_turn>"),
+        *("<|assistant_end|>", "<|end|>", "<|return|>", "<|END_OF_TURN_TOKEN|>"),
+    )
 )
-_DOCUMENT_ENDS = ("<|end_of_text|>", "<|endoftext|>", "<eos>", "</s>")
-_CONFIG_NAME, _SPECIAL_TOKENS_NAME = "tokenizer_config.json", "special_tokens_map.json"
+_DOCUMENT_ENDS = ("<|end_of_text|>", "<|endoftext|>", "<eos>", "</s>", "<EOS_TOKEN>")
+CONFIG_NAME, _SPECIAL_TOKENS_NAME = "tokenizer_config.json", "special_tokens_map.json"
 _REMEDY = "copy the tokenizer again"
 _LONGEST = 100  # characters of a value in a message
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
@@ -42,7 +45,7 @@ class HuggingFaceFiles:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.config = read_object(directory / _CONFIG_NAME)
+        self.config = read_object(directory / CONFIG_NAME)
         self.whole = read_object(directory / TOKENIZER_JSON_NAME)
         self._special_tokens = read_object(directory / _SPECIAL_TOKENS_NAME)
         self.added_tokens: dict[str, int] = {}
@@ -65,6 +68,9 @@ class HuggingFaceFiles:
             self._add(described, int(token))
         for described in self.whole.get("added_tokens") or []:
             self._add(described, int(described["id"]))
+        for values in (self.config, self._special_tokens):
+            self.special |= {*_texts_of(values.get("additional_special_tokens"))}
+            self.special |= {*_texts_of(values.get("extra_special_tokens"))}
         vocabulary = (self.whole.get("model") or {}).get("vocab") or {}
         if isinstance(vocabulary, dict):
             self.pieces = vocabulary
@@ -87,7 +93,7 @@ class HuggingFaceFiles:
         Raises InputError if it is neither a text nor an object with one.
         """
         for file, values in (
-            (_CONFIG_NAME, self.config),
+            (CONFIG_NAME, self.config),
             (_SPECIAL_TOKENS_NAME, self._special_tokens),
         ):
             if token := values.get(name):
@@ -118,14 +124,14 @@ class HuggingFaceFiles:
         """
         if (said := self.config.get("add_bos_token")) is not None:
             if not isinstance(said, bool):
-                raise self._wrong_value(_CONFIG_NAME, "add_bos_token", said, "true or false")
+                raise self._wrong_value(CONFIG_NAME, "add_bos_token", said, "true or false")
             return said
         if self.whole:
             bos = self.special_token("bos_token")
             return any(
                 first == bos for step in processors(self.whole) for first in _first_tokens(step)
             )
-        return self._name_in(_CONFIG_NAME, "tokenizer_class").removesuffix("Fast") in (
+        return self._name_in(CONFIG_NAME, "tokenizer_class").removesuffix("Fast") in (
             _CLASSES_WITH_BOS
         )
 
@@ -142,7 +148,7 @@ class HuggingFaceFiles:
     @property
     def class_name(self) -> str:
         """Return the tokenizer's class or, if it is not named, the model type."""
-        named = self._name_in(_CONFIG_NAME, "tokenizer_class")
+        named = self._name_in(CONFIG_NAME, "tokenizer_class")
         return named or self._name_in("config.json", "model_type")
 
     def _name_in(self, file: str, key: str) -> str:
@@ -155,6 +161,12 @@ class HuggingFaceFiles:
     def _wrong_value(self, file: str, key: str, value: Any, wanted: str) -> InputError:
         problem = f"is {json.dumps(value)[:_LONGEST]}, not {wanted}"
         return InputError(f"{self.directory / file}: {key}", problem, _REMEDY)
+
+
+def _texts_of(tokens: Any) -> Iterator[str]:
+    """Yield the texts of a list of tokens, or of the values of an object with names for them."""
+    for token in tokens.values() if isinstance(tokens, dict) else tokens or ():
+        yield token["content"] if isinstance(token, dict) else token
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ EOS) are not used either.
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import tokenizers
 
 from megaphase.tokenizer.hugging_face_files import (
+    CONFIG_NAME,
     RESERVED,
     HuggingFaceFiles,
     processors,
@@ -225,15 +227,19 @@ class _TokenizerJson:
         }
 
     def _pre_tokenizer(self) -> Any:
-        """Return the pre-tokenizer, with `add_prefix_space` of tokenizer_config.json."""
+        """Return the pre-tokenizer, of which tokenizer_config.json must not say otherwise:
+        transformers 4 follows that, transformers 5 does not; in a sequence neither does."""
         whole, said = self.whole.get("pre_tokenizer"), self.files.config.get("add_prefix_space")
-        if said is None or not whole:
-            return whole
-        steps = [
-            step | {"add_prefix_space": said} if step["type"] == "ByteLevel" else step
-            for step in steps_of(whole)
-        ]
-        return steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": steps}
+        if said is not None and whole and whole["type"] == "ByteLevel":
+            own = whole.get("add_prefix_space", True)
+            if bool(said) is not own:
+                raise InputError(
+                    f"{self.directory / CONFIG_NAME}: add_prefix_space",
+                    f"is {json.dumps(said)}, but {TOKENIZER_JSON_NAME} has {json.dumps(own)}, "
+                    "and versions of transformers differ in which they follow",
+                    "make both what the model was trained with",
+                )
+        return whole
 
     def _bytes_of(self, vocabulary: dict[int, str]) -> dict[int, bytes]:
         no_text = {*self.control.values(), self.model["vocab"].get(self.unknown)}

@@ -157,6 +157,7 @@ def test_locked_memory_counts_with_infiniband_alone(settings, monkeypatch, tmp_p
     [
         ("echo gpu; echo cpu", "ok", "partitions cpu, gpu"),
         ("echo 'sinfo: error: slow' >&2; exit 1", "fault", "sinfo: error: slow"),
+        ("exit 1", "fault", "sinfo ended with exit code 1"),
         (f"echo 'Could not {system.NO_CLUSTER}' >&2; exit 1", "warning", "no cluster"),
     ],
 )

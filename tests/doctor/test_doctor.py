@@ -29,6 +29,12 @@ def test_a_check_that_hangs_is_a_fault(settings):
     assert "did not end in 0 s" in finding.text
 
 
+@pytest.mark.parametrize("seconds", [1.5, 2.5])
+def test_a_check_that_is_ended_leaves_no_files(settings, seconds):
+    run_bounded(Check("disk speed", "file_system.speed", seconds), settings)
+    assert list(settings.directory.iterdir()) == []
+
+
 def test_a_check_that_crashes_is_a_fault(settings, monkeypatch, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         f"import os; os.kill(os.getpid(), {int(signal.SIGSEGV)})"

@@ -1,10 +1,13 @@
 """`megaphase init`: run files over real corpora, which the plan accepts, and its questions."""
 
+import contextlib
+import errno
 import os
 import pty
 import re
 import select
 import shlex
+import signal
 import sys
 
 import numpy as np
@@ -22,6 +25,7 @@ from megaphase.corpus import CorpusWriter, DocumentBatch
 from megaphase.estimate.gpu_specs import CARDS
 from megaphase.estimate.suggestions import fits
 from megaphase.init import questions
+from megaphase.init.found_corpora import find_corpora, find_tokenizer
 from megaphase.model.parameters import train_flops_per_token
 from megaphase.plan.load_plan import open_run, phase_setups, preview_plan
 from megaphase.tokenizer import Tokenizer
@@ -282,7 +286,7 @@ def test_a_tokenizer_elsewhere_is_asked_for(here, tmp_path):
 
 def test_questions_on_a_terminal(here):
     """A wrong answer is asked for again; an empty one takes what is suggested."""
-    answers = ["many/x*", "many/*", "de", "", "", "two", "4", "", "1", ""]
+    answers = ["many/x*", "'many/*'", "de", "", "", "two", "4", "", "1", ""]
     process, terminal = pty.fork()
     if process == 0:
         environment = os.environ | {"COLUMNS": "80", "TERM": "dumb"}
@@ -301,6 +305,52 @@ def test_questions_on_a_terminal(here):
     assert left == []
     assert said.count("Number of GPUs") == said.count("Low-resource tasks") == 2
     assert load_run_file(here / "asked.yaml").tasks_with_role("low") == ["hi", "eu", "yo"]
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "code"), [(signal.SIGINT, "Ctrl-C", 130), (signal.SIGTERM, "SIGTERM", 75)]
+)
+def test_a_question_can_be_interrupted(here, number, name, code):
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execve(sys.executable, megaphase("init", "asked.yaml"), {**os.environ, "TERM": "dumb"})
+    said = b""
+    while b"spaces): " not in said and select.select([terminal], [], [], 300)[0]:
+        said += os.read(terminal, 65536)
+    os.kill(process, number)
+    with contextlib.suppress(OSError):  # the process has closed its end
+        while True:
+            if select.select([terminal], [], [], 5)[0]:
+                said += os.read(terminal, 65536)
+            else:
+                os.kill(process, number)  # it came just before the process waited
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == code
+    assert f"megaphase: stopped by {name}" in said.decode()
+
+
+def test_a_file_in_place_of_the_run_directory_is_named(here):
+    (here / "runs").write_text("")
+    try:
+        with pytest.raises(InputError, match="runs is no folder; give a folder for the run"):
+            init("run.yaml", "--corpus", "many/en", *GIVEN)
+    finally:
+        (here / "runs").unlink()
+    assert not (here / "run.yaml").exists()
+
+
+def test_a_file_that_cannot_be_read_ends_no_search_for_the_tokenizer(here, monkeypatch):
+    """Another user's, near the corpora."""
+    wanted = str(Tokenizer.load(here / "tok").path)
+    load = Tokenizer.load
+
+    def refused(path):
+        if str(path) != wanted:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return load(path)
+
+    monkeypatch.setattr(Tokenizer, "load", refused)
+    (corpus,) = find_corpora(["many/en"], [])
+    assert find_tokenizer([corpus], []) == here / "tok"
 
 
 def test_the_card_of_this_machine_is_suggested(monkeypatch, tmp_path):

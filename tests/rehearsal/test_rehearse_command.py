@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rehearsal_support import needs_compiler
 from run_support import make_corpora, megaphase, run_settings, write_run_file
+
+from megaphase.rehearsal import fake_device
+from megaphase.utils.errors import InputError
 
 LIMIT_SECONDS = 300
 GPU_MODEL = {"layers": 2, "hidden": 1024, "heads": 8, "seq_len": 512}
@@ -107,3 +111,19 @@ def test_a_missing_compiler_is_named(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("megaphase: g++: is not installed")
+
+
+def test_code_that_others_could_have_put_there_is_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = fake_device._own_folder()
+    assert (folder.parent, folder.stat().st_mode & 0o777) == (tmp_path, 0o700)
+    assert fake_device._own_folder() == folder
+    folder.chmod(0o777)
+    with pytest.raises(InputError, match="can be written by other users, or is no folder; remove"):
+        fake_device._own_folder()
+    folder.rmdir()
+    folder.symlink_to(tmp_path)
+    with pytest.raises(InputError, match="or is no folder"):
+        fake_device._own_folder()

@@ -73,6 +73,22 @@ def test_text_never_becomes_a_control_token(algorithm: str, tmp_path: Path) -> N
     assert native.decode([*control, *native.encode("a"), *control]) == "a"
 
 
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("key", ["additional_special_tokens", "extra_special_tokens"])
+def test_a_list_of_special_tokens_names_them_too(name: str, key: str, tmp_path: Path) -> None:
+    """As older releases of transformers wrote it, without added_tokens_decoder."""
+    folder = directory(tmp_path / "gemma", "bpe", added_tokens_decoder={})
+    assert not Tokenizer.load(folder).tags
+    path = folder / name
+    config = json.loads(path.read_text()) if path.exists() else {}
+    write_json(path, config | {key: [TURNS[0], {"content": TURNS[1]}]})
+    native, reference = Tokenizer.load(folder), without_control(folder)
+    assert native.tags == {text.strip("<>"): reference.piece_to_id(text) for text in TURNS}
+    text = "a <start_of_turn>b"
+    assert native.encode(text) == reference.encode(text)
+    assert native.decode(native.encode(text)) == text
+
+
 def test_no_text_ends_a_document(tmp_path: Path) -> None:
     folder = directory(tmp_path / "gemma", "bpe", eos_token="<unused1>")
     native = Tokenizer.load(folder)
@@ -93,11 +109,14 @@ def test_the_end_of_a_turn_is_no_end_of_a_document(tmp_path: Path) -> None:
     assert Tokenizer.load(folder).eod == native.eod
     assert turn_ends(Tokenizer.load(folder)) == turn_ends(native)
     # Yi's and EuroLLM's: added to a model like Llama's, or a symbol of it.
-    train_model(tmp_path / "yi" / "tokenizer.model", vocab_size=400, byte_fallback=True,
-                user_defined_symbols=["<|im_end|>"])  # fmt: skip
-    write_json(tmp_path / "yi" / "tokenizer_config.json", {"eos_token": "<|im_end|>"})
-    chat = Tokenizer.load(tmp_path / "yi")
-    assert chat.piece(chat.eod) == "</s>"
+    for number, end in enumerate(("<|im_end|>", "<|END_OF_TURN_TOKEN|>")):
+        yi = tmp_path / f"yi-{number}"
+        train_model(yi / "tokenizer.model", vocab_size=400, byte_fallback=True,
+                    user_defined_symbols=[end])  # fmt: skip
+        write_json(yi / "tokenizer_config.json", {"eos_token": end})
+        chat = Tokenizer.load(yi)
+        assert chat.piece(chat.eod) == "</s>"
+        assert [chat.piece(each) for each in turn_ends(chat)] == [end]
     # A vocabulary without the end of a text ends documents with it.
     train_model(tmp_path / "x" / "tokenizer.model", vocab_size=400, byte_fallback=True,
                 eos_piece="[end]", user_defined_symbols=["<|im_end|>"])  # fmt: skip

@@ -327,6 +327,32 @@ def test_what_cannot_be_followed_is_refused_by_name(
     assert str(error.value).startswith(str(folder))
 
 
+@pytest.mark.parametrize("said", [True, False])
+def test_a_space_before_texts_is_that_of_tokenizer_json(tmp_path: Path, said: bool) -> None:
+    """tokenizer_config.json is not followed in a sequence, as in every release of transformers, and
+    must not say otherwise where they differ."""
+    config = {"add_prefix_space": said}
+    folder = llama3(tmp_path / "sequence")
+    before = Tokenizer.load(folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    text = "def f(x):\n\treturn x[0]"
+    assert Tokenizer.load(folder).encode(text) == before.encode(text)
+    assert Tokenizer.load(folder).fingerprint == before.fingerprint
+    for own in (True, False):
+        step = {"type": "ByteLevel", "add_prefix_space": own, "trim_offsets": True}
+        alone = edited(llama3(tmp_path / f"{own}"), lambda it, x=step: it.update(pre_tokenizer=x))
+        path = alone / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | config))
+        if own is said:
+            tokenizer = Tokenizer.load(alone)
+            assert tokenizer.piece(tokenizer.encode("hello")[0]).startswith("▁") is own
+            continue
+        message = rf"add_prefix_space: is {str(said).lower()}, but tokenizer.json has"
+        with pytest.raises(InputError, match=message):
+            Tokenizer.load(alone)
+
+
 def test_a_tokenizer_json_alone_is_refused(tmp_path: Path) -> None:
     path = llama3(tmp_path) / "tokenizer.json"
     with pytest.raises(InputError, match="does not say which token ends a document; give the dir"):

@@ -85,7 +85,8 @@ def check_slurm(settings: Settings) -> Iterator[Finding]:
             errors="replace",
             timeout=SLURM_SECONDS,
         )
-        problem = asked.stderr if asked.returncode else ""
+        silent = f"sinfo ended with exit code {asked.returncode}"
+        problem = (asked.stderr.strip() or silent) if asked.returncode else ""
     except (subprocess.TimeoutExpired, OSError) as error:
         problem = str(error)
     if problem and NO_CLUSTER in problem:
