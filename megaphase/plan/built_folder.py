@@ -6,6 +6,7 @@ whole whenever it is opened, of a large one each piece when it is first read, se
 
 from __future__ import annotations
 
+import errno
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -71,7 +72,12 @@ def ensure_folder(
                     return
                 _remove_damaged(folder, problem, own_files, say)
             remove_abandoned(folder)
-            build(folder, partial(remove_soon, then_if_empty=new))
+            try:
+                build(folder, partial(remove_soon, then_if_empty=new))
+            except OSError as error:
+                # On a file system without locks, another process may have published it meanwhile.
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY) or damage(folder) is not None:
+                    raise
 
 
 def read_header(folder: Path) -> dict[str, Any]:

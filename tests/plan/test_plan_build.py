@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -188,6 +189,28 @@ def test_of_several_processes_one_builds_and_the_others_wait(run):
         assert output_of(process) == ["done"]
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     assert ensure_built(spec_of(config), config.output, say=pytest.fail) == folder
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_without_locks_what_another_process_has_published_is_used(run, damaged):
+    config, _ = run
+    spec = spec_of(config)
+    other = ensure_built(spec, config.output.with_name("elsewhere"))
+    folder = plan_folder(config.output, spec)
+
+    def publish(what: str, done: int, of: int) -> None:
+        if what == WHOLE and not folder.exists():
+            shutil.copytree(other, folder)
+            if damaged:
+                _truncate(folder / "starts")
+
+    if damaged:
+        with pytest.raises(RunError, match=r"could not be written \(Directory not empty\)"):
+            ensure_built(spec, config.output, progress=publish)
+        return
+    assert ensure_built(spec, config.output, say=pytest.fail, progress=publish) == folder
+    assert contents(folder) == contents(other)
+    wait_until(lambda: [path.name for path in folder.parent.iterdir()] == [folder.name])
 
 
 def test_a_process_that_waits_goes_on_when_the_builder_is_killed(run):
