@@ -125,6 +125,7 @@ class Trainer(RunParts):
         None if the run ends before, after the step `checkpoint.end_after`."""
         self.engine.train_only(self.trained_tokens.of_phases[self.state.phase])
         self.engine.weigh_losses(self.config.relative_loss_weights(self.state.phase))
+        self.control_group.on_first_rank(self.build_tables)
         reader = StepReader(
             self.plan,
             self.state.phase,
@@ -148,6 +149,10 @@ class Trainer(RunParts):
                 return None
             self.watchdog.at(f"reading the batch of step {self.state.step + 1:,}")
         raise AssertionError("the last step of a phase ends it")
+
+    def build_tables(self) -> None:
+        """Build the tables of packed documents that are missing: after a phase that ended early."""
+        self.plan.open_phase(self.state.phase, self.state.starts)
 
     def train_step(self, batch: Batch, data_wait_seconds: float) -> None:
         """Train one step, and report it, or on a GPU the one before; see StepRecorder."""
