@@ -117,8 +117,12 @@ class TaskStream:
             return []
         if any(kind.cut == "documents" for kind, _ in last.segments):
             # Where samples are cut at documents, an epoch that they have begun needs no index, but
-            # which epochs those are changes with phases that end early.
-            return [self._on_grid.samples_per_epoch] * (self.rest(last).epoch + 1)
+            # which epochs those are changes with phases that end early. Samples are then packed
+            # from other parts, and may be fuller than planned, so count the most that they can
+            # take: without BOS, also the first token of a document that begins a sample.
+            most = sum(n * (kind.seq_len + (kind.cut == "documents")) for kind, n in last.segments)
+            epochs = -(-most // max(1, self._on_grid.positions))
+            return [self._on_grid.samples_per_epoch] * epochs
         # A phase that ends early leaves more of an epoch to the next one, and may thereby have it
         # change the length in an earlier one: wherever that is, it reads at most one window beyond
         # as many positions as the plan uses of the epoch.

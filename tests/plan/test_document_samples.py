@@ -220,6 +220,24 @@ def rows_of(plan: Plan, phase: int, steps: int, starts=None) -> list[tuple[int, 
     return rows
 
 
+def test_the_index_reaches_as_far_as_after_an_early_end(tmp_path):
+    # The plan ends with epoch 0. If the first phase ends early, the samples of documents are packed
+    # anew, and those that are drawn are fuller, so that the last phase begins epoch 1.
+    lengths = [3, 5, 11, 9, 5, 8, 3, 7, 6, 9, 6, 4, 5, 1, 5, 9, 10, 5, 8, 5, 5, 3, 5, 5, 6, 3, 5, 7]
+    corpus, _ = make_stream(tmp_path, [*lengths, 11, 8, 11, 8, 12, 3, 7, 1, 2, 10])
+    even, packed = SampleKind(8), SampleKind(8, "documents")
+    stream = TaskStream.of(corpus, [even, packed, even])
+    planned = StreamPosition().after(even, 8).after(packed, 12).after(even, 5)
+    assert stream.epochs(planned) == 1
+    starts = index_of(stream, planned)
+    begin = StreamPosition().after(even, 6).after(packed, 12)
+    assert stream.epochs(begin.after(even, 5)) > 1
+    part = stream.part(begin, even, starts)
+    inputs, targets, numbers = (np.zeros((5, 8), np.int64) for _ in range(3))
+    part.read(np.arange(18, 23), np.arange(5), inputs, targets, FILLER, numbers)
+    assert (targets != IGNORED_TARGET).any(1).all()
+
+
 def test_a_phase_with_documents_is_planned_traced_and_shortened(tmp_path):
     config = write_mixed_run(tmp_path, PHASES)
     plan = build_plan(config)
