@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from megaphase.plan.build_pool import BuildPool, ReportProgress
 from megaphase.plan.built_folder import INDEX_FILE, Discard, Say, ensure_folder
 from megaphase.plan.document_tables import TABLES
 from megaphase.plan.index import STARTS_FILE, PhaseIndex, builder_threads, damage, task_dtype
+from megaphase.plan.packed_stream import PackedStream
 from megaphase.plan.phase_blend import PhaseBlend
 from megaphase.plan.position import StreamPosition
 from megaphase.plan.spec import FORMAT_VERSION, PhaseSpec, PlanSpec
@@ -86,19 +87,32 @@ def _tables_of_a_refused_plan_removed(plans: Path) -> Iterator[None]:
 
 
 def _check_space(spec: PlanSpec, folder: Path) -> None:
-    """Raise RunError if the disk has too little space, before anything is built."""
-    samples = sum(phase.samples for phase in spec.phases)
-    shortest = min(phase.kind.seq_len for phase in spec.phases)
-    starts = sum(phase.samples * -(-phase.kind.seq_len // shortest) for phase in spec.phases)
-    widest = max(np.dtype(stream.start_dtype).itemsize for stream in spec.streams.values())
-    tasks = samples * np.dtype(task_dtype(len(spec.streams))).itemsize
-    needed = tasks + starts * 2 * widest
+    """Raise RunError if the disk has too little space for what is known before anything is built:
+    the blends, and the starts if each sample has one."""
+    needed = _blend_bytes(spec, spec.phases)
+    streams = spec.streams.values()
+    if spec.has_one_kind and not any(isinstance(stream, PackedStream) for stream in streams):
+        narrowest = min(np.dtype(stream.start_dtype).itemsize for stream in streams)
+        needed += sum(phase.samples for phase in spec.phases) * 2 * narrowest
+    _require_space(spec, folder, needed)
+
+
+def _blend_bytes(spec: PlanSpec, phases: Iterable[PhaseSpec]) -> int:
+    return sum(phase.samples for phase in phases) * np.dtype(task_dtype(len(spec.streams))).itemsize
+
+
+def _require_space(spec: PlanSpec, folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder.parent).free
     if needed > free:
+        samples = sum(phase.samples for phase in spec.phases)
         raise RunError(
-            f"{folder}: the plan's index needs {needed / 1e9:,.1f} GB for {samples:,} samples, the "
-            f"disk has {free / 1e9:,.1f} GB left; make room or put output on a larger disk"
+            f"{folder}: the plan's index needs {_amount(needed)} for {samples:,} samples, the disk "
+            f"has {_amount(free)} left; make room or put output on a larger disk"
         )
+
+
+def _amount(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.3f} MB"
 
 
 def build_index(
@@ -111,6 +125,8 @@ def build_index(
     """Build the whole index and publish it as `folder`; the result does not depend on `threads`.
 
     `discard` removes the partial output if the build is interrupted or fails.
+
+    Raises RunError if the disk has too little space for the starts.
     """
     with (
         directory_written_aside(folder, discard) as aside,
@@ -124,12 +140,16 @@ def build_index(
             blends = [PhaseBlend.of(number, spec, used) for number in group]
             if group[-1] == len(spec.phases) - 1:
                 starts = _starts_beside(aside, spec, blends, used)
+            if starts is not None:
+                left = _blend_bytes(spec, [blend.phase for blend in blends])
+                _require_space(spec, folder, left + starts.bytes)
             _write(aside, blends, starts, pool, files)
             for blend in blends:
                 phases.append(blend.index(used))
                 used = _after(spec, blend.number, used, blend.blend.counts)
         if starts is None:
             starts = StartsFile(aside, spec, used)
+            _require_space(spec, folder, starts.bytes)
             _write(aside, [], starts, pool, files)
         header = {
             "format": FORMAT_VERSION,

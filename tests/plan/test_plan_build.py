@@ -275,9 +275,29 @@ def test_a_disk_that_is_too_small_is_found_before_anything_is_written(run, monke
     config, _ = run
     usage = type("usage", (), {"free": 100})
     monkeypatch.setattr("megaphase.plan.build.shutil.disk_usage", lambda path: usage)
-    with pytest.raises(RunError, match=r"needs 0\.0 GB for 80 samples"):
+    with pytest.raises(RunError, match=r"needs 0\.001 MB for 80 samples, the disk has 0\.000 MB"):
         ensure_built(spec_of(config), config.output)
     assert not config.output.exists()
+
+
+@pytest.mark.parametrize("cuts", [["documents"], ["tokens", "documents"]])
+def test_the_space_that_an_index_needs_is_that_of_its_files(tmp_path, monkeypatch, cuts):
+    # Samples that begin where documents begin have no starts; those of a whole epoch are stored.
+    write_corpus(tmp_path / "en", random_lengths(400, 30, 1))
+    phases = [phase(cut, 3, {"rates": {"en": 1}}) | {"cut": cut} for cut in cuts]
+    spec = spec_of(write_run(tmp_path, ["en"], phases=phases))
+    folder = ensure_built(spec, tmp_path / "roomy")
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    blends = sum(sizes[f"blend-{number}.tasks"] for number in range(len(cuts)))
+    assert (sizes["starts"] == 0) == (cuts == ["documents"])
+    needed = max(blends, sizes["starts"])  # the latter is known when the blends are written
+    usage = type("usage", (), {"free": needed})
+    monkeypatch.setattr("megaphase.plan.build.shutil.disk_usage", lambda path: usage)
+    assert contents(ensure_built(spec, tmp_path / "exact")) == contents(folder)
+    usage.free -= 1
+    with pytest.raises(RunError, match="make room or put output on a larger disk"):
+        ensure_built(spec, tmp_path / "full")
+    wait_until(lambda: not list((tmp_path / "full").glob("plan/[0-9a-f]*")))
 
 
 def test_a_plan_of_2_to_the_40_samples_is_refused_for_the_disk_alone(run, tmp_path):
