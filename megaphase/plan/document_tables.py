@@ -55,6 +55,7 @@ class DocumentTables:
 
     Attributes:
         folder: where they are stored; None: they are kept in memory.
+        read_only: whether those that are not stored there are kept in memory as well.
         say: called with sentences for the user.
         progress: called while a table is built.
         files: those of the stored tables that have been opened.
@@ -64,6 +65,7 @@ class DocumentTables:
 
     def __init__(self) -> None:
         self.folder: Path | None = None
+        self.read_only = False
         self.say: Say = lambda _: None
         self.progress: ReportProgress = lambda *_: None
         self.whole = False
@@ -106,8 +108,10 @@ class DocumentTables:
         folder = self.folder / f"{_TABLE}{source.fingerprint[:16]}"
         header = self.headers.get(source.fingerprint)
         if header is None:
-            build = partial(_build, source, self.progress)
             damage = partial(_damage, source, whole=self.whole)
+            if self.read_only and damage(folder) is not None:
+                return _in_memory(source)
+            build = partial(_build, source, self.progress)
             ensure_folder(folder, damage, build, _OF_A_TABLE, self.say)
             header = read_header(folder)
             self.headers[source.fingerprint] = header

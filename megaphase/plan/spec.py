@@ -127,11 +127,13 @@ class PlanSpec:
         progress: ReportProgress = lambda *_: None,
         *,
         whole: bool = False,
+        read_only: bool = False,
     ) -> None:
         """Say where tables of packed documents are stored, what to call while they are built, and
-        whether to verify them whole; see DocumentTables."""
+        whether to verify them whole, and to store no others; see DocumentTables."""
         for stream in self.streams.values():
-            stream.tables.folder, stream.tables.whole = folder, whole
+            stream.tables.folder, stream.tables.read_only = folder, read_only
+            stream.tables.whole = whole
             stream.tables.say, stream.tables.progress = say, progress
 
     def supply(self, phase: int, positions: Sequence[StreamPosition]) -> dict[str, TaskSupply]:

@@ -1,4 +1,4 @@
-"""Open a trained run to show the samples of its steps; writes nothing into it."""
+"""Open a run to show the samples of its steps; writes nothing into one that has been trained."""
 
 from __future__ import annotations
 
@@ -110,6 +110,8 @@ def _open_plan(spec: PlanSpec, config: RunConfig, console: Console, say: Say) ->
     folder = plan_folder(output, spec)
     problem = damage(folder, spec) if folder.is_dir() else "is missing"
     if problem is None:
+        # Tables that a phase needs after an early end are missing if it has not begun.
+        spec.store_tables(folder.parent, say, read_only=True)
         return Plan(spec, folder)
     if plan_of_run(output) is None:
         say(

@@ -1,6 +1,7 @@
 """A phase whose samples begin where documents begin, between phases with others, in training."""
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -94,7 +95,7 @@ def note_files_to_verify(path: Path) -> None:
     BackgroundCheck.add = noted
 
 
-def test_tables_after_an_early_end_are_verified_in_the_background(corpora, tmp_path):
+def test_tables_after_an_early_end_are_verified_and_traced(corpora, tmp_path):
     settings = settings_of(corpora)
     settings["phases"][0]["stop"] = {"loss": {"alda": 100}}
     settings["phases"][1]["steps"] = 2
@@ -107,6 +108,13 @@ def test_tables_after_an_early_end_are_verified_in_the_background(corpora, tmp_p
     built = set(plans.glob("documents-*"))
     assert built > planned
     assert {str(folder) for folder in built} < set(found.read_text().splitlines())
+    # Trace packs what is missing in memory: it writes nothing into the run.
+    run, last = tmp_path / "run", read_rows(tmp_path / "run")[-1]["step"]
+    traced = run_well("plan", "trace", run, "--step", last, "--json")
+    for folder in built - planned:
+        shutil.rmtree(folder)
+    assert run_well("plan", "trace", run, "--step", last, "--json") == traced
+    assert set(plans.glob("documents-*")) == planned
 
 
 @pytest.mark.slow
