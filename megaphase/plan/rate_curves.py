@@ -2,8 +2,8 @@
 
 A phase with a curve is divided into equal ranges of samples, its pieces. The rate of a task in a
 piece is the average of its curve there, as an integer weight, so that the blend's arithmetic is
-exact. Apart from the C library's logarithm and cosine, floating-point arithmetic is elementary and
-in a fixed order, so that processors of all kinds find the same weights.
+exact. Floating-point arithmetic is elementary and in a fixed order, so that processors of all kinds
+find the same weights, apart from the last bits of the C library's logarithm and cosine.
 """
 
 from __future__ import annotations
