@@ -193,7 +193,7 @@ def _range(schema: dict[str, Any]) -> str:
     low, high = schema.get("minimum", schema.get("ge")), schema.get("maximum", schema.get("le"))
     above = schema.get("exclusiveMinimum", schema.get("gt"))
     if above is not None and schema["type"] == "integer":
-        low, above = above + 1, None
+        low, above = max(above + 1, low or 0), None
     below = schema.get("exclusiveMaximum", schema.get("lt"))
     if low is not None and high is not None:
         return f"from {_number(low)} to {_number(high)}"
