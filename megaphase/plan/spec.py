@@ -193,10 +193,19 @@ def _phase_steps(
                 f"{phase.name} never sees {task}, whose rate is 0",
                 "give it a rate in the mixture, or leave it out here",
             )
-    return min(
-        batch.steps_for(ceil(_samples(epochs, supply[task]) / rates[task]))
+    needed = {
+        task: ceil(_samples(epochs, supply[task]) / rates[task])
         for task, epochs in phase.epochs.items()
-    )
+    }
+    task = min(needed, key=needed.__getitem__)
+    if needed[task] > MOST_SAMPLES:
+        raise InputError(
+            config.where(f"phases[{number}].epochs.{task}"),
+            f"{phase.name} would have more than {MOST_SAMPLES:,} samples, as the rate of {task} is "
+            f"{float(rates[task]):.1g}",
+            "raise that rate in the mixture, or ask for fewer epochs",
+        )
+    return batch.steps_for(needed[task])
 
 
 def _samples(epochs: float, supply: TaskSupply) -> int:

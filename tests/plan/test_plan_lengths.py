@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,18 @@ def test_epochs_of_a_task_that_is_never_seen(folder):
         "rate in the mixture, or leave it out here"
     )
     assert not config.output.exists()
+
+
+def test_epochs_of_a_task_whose_rate_is_almost_zero(folder):
+    config = run(folder, [ONE, epochs_phase({"hi": 1}, {"temperature": 0.01})])
+    with pytest.raises(InputError) as error:
+        build_plan(config)
+    told = re.sub(r"[0-9.]+e-[0-9]+", "RATE", str(error.value))
+    assert told == (
+        f"{config.path}: phases[1].epochs.hi: joint would have more than 281,474,976,710,656 "
+        "samples, as the rate of hi is RATE; raise that rate in the mixture, or ask for fewer "
+        "epochs"
+    )
 
 
 def test_epochs_beyond_all_bounds(folder):
