@@ -28,12 +28,15 @@ from megaphase.utils.files import (
     atomic_write_json,
     directory_written_aside,
     remove_directory,
+    remove_soon,
     with_hash,
 )
 
 _OF_AN_INDEX = re.compile(
     rf"{INDEX_FILE}|{ALTERED_FILE}|{STARTS_FILE}|blend-[0-9]+\.(tasks|counts)"
 )
+
+_INDEX_NAME = re.compile("[0-9a-f]{16}")
 
 
 def plan_folder(run_dir: Path, spec: PlanSpec) -> Path:
@@ -72,6 +75,18 @@ def ensure_built(
     spec.store_tables(folder.parent, say, progress, whole=whole)
     ensure_folder(folder, partial(damage, spec=spec, whole=whole), build, _OF_AN_INDEX, say)
     return folder
+
+
+def remove_other_indices(folder: Path, say: Say) -> None:
+    """Remove the indices of other plans beside `folder`, which the run that begins there can never
+    use: those that were built before its run file was changed."""
+    for other in sorted(folder.parent.iterdir()):
+        is_index = _INDEX_NAME.fullmatch(other.name) and other.is_dir() and not other.is_symlink()
+        if other == folder or not is_index:
+            continue
+        if all(_OF_AN_INDEX.fullmatch(path.name) for path in other.iterdir()):
+            say(f"{other}: the index of another plan, which is not trained here, is removed")
+            remove_soon(other)
 
 
 @contextmanager

@@ -25,12 +25,13 @@ from megaphase.model.presets import phase_shapes
 from megaphase.model.shape import GPTShape
 from megaphase.plan.batch_layout import check_batches, check_batches_beforehand
 from megaphase.plan.branch import Branch
-from megaphase.plan.build import plan_folder
+from megaphase.plan.build import plan_folder, remove_other_indices
 from megaphase.plan.corpus_counts import CorpusCounts
 from megaphase.plan.held_out_noise import held_out_warnings
 from megaphase.plan.load_plan import build_plan
 from megaphase.plan.plan import Headers, Plan
 from megaphase.plan.preview import plan_warnings
+from megaphase.plan.same_run import plan_of_run
 from megaphase.plan.spec import PlanSpec, plan_spec
 from megaphase.tokenizer import Tokenizer
 from megaphase.tokenizer.deferred_backend import TokenizerFacts
@@ -173,7 +174,10 @@ def open_plan(
         if branch is not None and branch.is_new:
             # First, so that a run that is killed here can never be taken for one of its own.
             branch.record(directory.path)
+        begins = plan_of_run(directory.path) is None
         directory.claim(config, summary)
+        if begins:
+            remove_other_indices(plan.folder, say)
         noise = held_out_warnings(config, spec) if is_new else []
         for sentence in [*plan_warnings(summary), *noise]:
             say(f"Warning: {sentence}")

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from data_support import wait_until
 from plan_support import contents, spec_of, write_corpus, write_three_tasks
+from rich.console import Console
 from run_support import (
     STEPS,
     copy_run,
@@ -26,6 +29,7 @@ from megaphase.checkpoint.names import find_in_run, newest_state
 from megaphase.checkpoint.state import checkpoint_folders, full_name, step_of
 from megaphase.corpus import Corpus
 from megaphase.plan.build import ensure_built, plan_folder
+from megaphase.training.startup import open_plan
 from megaphase.utils.errors import InputError
 from megaphase.utils.locks import exclusive_lock
 
@@ -221,6 +225,28 @@ def test_in_the_place_of_a_plan(put: Put, tmp_path: Path) -> None:
     assert contents(folder) == whole
     assert len(said) == 1
     assert os.path.lexists(folder.with_name(f"{folder.name}.set-aside"))
+
+
+def test_indices_of_other_plans_are_removed_when_a_run_begins(tmp_path: Path) -> None:
+    config, _ = write_three_tasks(tmp_path)
+    plans, said = config.output / "plan", list[str]()
+    old, foreign = plans / "0123456789abcdef", plans / "00112233445566ff"
+    begin = partial(open_plan, config, spec_of(config), None, said.append, Console(quiet=True))
+    ensure_built(spec_of(config), config.output).rename(old)
+    for folder in (foreign, plans / "documents-0123456789abcdef"):
+        folder.mkdir()
+        (folder / "mine").touch()
+    own = plan_folder(config.output, spec_of(config))
+    kept = {own.name, foreign.name, "documents-0123456789abcdef"}
+    begin()
+    sentence = f"{old}: the index of another plan, which is not trained here, is removed"
+    assert sentence in said
+    wait_until(lambda: {path.name for path in plans.iterdir() if path.is_dir()} == kept)
+    # When it is resumed, nothing is removed.
+    ensure_built(spec_of(config), tmp_path / "elsewhere").rename(old)
+    begin()
+    assert said.count(sentence) == 1
+    assert old.is_dir()
 
 
 def test_a_fifo_as_the_header_of_a_plan(tmp_path: Path) -> None:
