@@ -57,7 +57,8 @@ class _Comparison:
 class ReplicaCheck:
     """Compares the copies every `faults.compare_copies_steps` steps, one collective a group.
 
-    A comparison is read a step later, so that the host waits for nothing.
+    A comparison is read a step later, so that the host waits for nothing, or before the weights are
+    measured or saved.
     """
 
     def __init__(
@@ -100,16 +101,18 @@ class ReplicaCheck:
             if found:
                 break
         name, values = found[0]
-        usual = Counter(values.values()).most_common(1)[0][0]
-        same = [rank for rank in values if values[rank] == usual]
-        other = [rank for rank in values if values[rank] != usual]
+        (usual, most), (_, next_most), *_ = Counter(values.values()).most_common()
+        same = _ranks([rank for rank in values if values[rank] == usual])
+        other = _ranks([rank for rank in values if values[rank] != usual])
+        # Where as many ranks hold another value, neither side is the likelier to be faulty.
+        where = f"between {same} and {other}" if most == next_most else f"on {other} from {same}"
         names = len({name for name, _ in found})
         more = f", and so have those of {names - 1:,} more parameters" if names > 1 else ""
         return RunError(
             f"{phase} step {comparison.step:,}: copies of one parameter have become unequal: "
-            f"{name} on {_ranks(other)} differs from {_ranks(same)}{more}; a GPU or its memory may "
-            "be faulty; the same command resumes from the newest checkpoint, which has one copy of "
-            "each (faults.compare_copies_steps)"
+            f"{name} differs {where}{more}; a GPU or its memory may be faulty; the same command "
+            "resumes from the newest checkpoint, which has one copy of each "
+            "(faults.compare_copies_steps)"
         )
 
     def _unequal(self, comparison: _Comparison) -> list[tuple[str, dict[int, int]]]:

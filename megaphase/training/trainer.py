@@ -179,8 +179,14 @@ class Trainer(RunParts):
         self._report(record)
 
     def finish_step(self) -> None:
-        """Report the newest step, where that has not been done."""
+        """Report the newest step, where that has not been done; end the run if copies of a
+        parameter are unequal after it.
+
+        All ranks agree on that before its weights are measured or saved.
+        """
         self._report(self.recorder.finish())
+        if self.control_group.largest(int(self.replicas.has_found(self.state.step)))[0]:
+            self._end_unequal(self.phase.name)
 
     def _report(self, record: StepRecord | None) -> None:
         """Tell the callbacks of a step; end the run if too many in a row were skipped."""
@@ -304,6 +310,7 @@ class Trainer(RunParts):
 
     def end_phase(self, reason: str) -> None:
         """Save a permanent checkpoint from which the next phase starts."""
+        self.finish_step()
         phase, step = self.phase.name, self.state.step
         self.history.end_phase(phase, step, reason)
         self.callbacks.event(step, "phase_end", phase=phase, reason=reason)
@@ -311,14 +318,7 @@ class Trainer(RunParts):
             self.say(f"{phase} step {step:,}  the phase ends: {reason}")
         self.state = self.state.next_phase(self.state.used(self.plan))
         self.save(phase, permanent=True)
-        is_over, is_unequal = (
-            self.divergence.is_over(phase_ends=True),
-            self.replicas.has_found(step),
-        )
-        diverged, unequal = self.control_group.largest(int(is_over), int(is_unequal))
-        if unequal:
-            self._end_unequal(phase)
-        if diverged:
+        if self.control_group.largest(int(self.divergence.is_over(phase_ends=True)))[0]:
             self._end_diverged(phase)
 
     def stop_if_due(self) -> None:
