@@ -195,9 +195,15 @@ class OptimizerState:
         for group, flat in zip(self._groups(), flats, strict=True):
             self._fill(flat, group, kind, stored)
 
-    @torch.no_grad()
     def load(self, stored: StoredParameters, steps: int) -> None:
-        """Set weights, moments and step count from a checkpoint of any layout.
+        """Set weights, moments and step count from a checkpoint of any layout: `read_in`, then
+        `finish_load`."""
+        self.read_in(stored, steps)
+        self.finish_load()
+
+    @torch.no_grad()
+    def read_in(self, stored: StoredParameters, steps: int) -> None:
+        """Read this rank's part of a checkpoint; without a collective, so it may fail on one rank.
 
         steps: number of optimizer steps of the stored moments; 0 if there are none.
 
@@ -213,6 +219,10 @@ class OptimizerState:
                 if steps:
                     self._optimizer.state[group.flat] = self._moments(group, steps, stored)
                 self._write_back(index)
+
+    @torch.no_grad()
+    def finish_load(self) -> None:
+        """Give the model the weights that all ranks have read; called by all ranks."""
         self._zero_epilogue()
 
     def _moments(

@@ -109,7 +109,9 @@ def load_checkpoint(engine: Engine, checkpoint: Checkpoint, *, average: bool = F
     stored = run_on_all_ranks(lambda: _stored(checkpoint, average=average))
     same = state.get(OPTIMIZER, ADAMW) == engine.state.stored_by
     steps = state["optimizer_steps"] if same and not average else 0
-    run_on_all_ranks(lambda: engine.state.load(stored, steps))
+    # A rank that cannot read its part ends all before one waits for it in a collective.
+    run_on_all_ranks(lambda: engine.state.read_in(stored, steps))
+    engine.state.finish_load()
     if state["processes"] == engine.grid.world_size:
         set_random_state(stored_random_state(checkpoint.folder, engine.grid.rank))
 

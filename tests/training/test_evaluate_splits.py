@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -25,7 +27,8 @@ from run_support import (
 )
 from warm_commands import run, run_well
 
-from megaphase.checkpoint.parameters import WEIGHT
+from megaphase.checkpoint.parameters import WEIGHT, StoredParameters
+from megaphase.checkpoint.state import full_name
 from megaphase.convert.source import open_source
 from megaphase.corpus import Corpus
 from megaphase.plan.dataset import Batch
@@ -122,6 +125,26 @@ def test_the_average_is_measured_on_the_test_split(trained: Path, corpora: Path)
     expected = plain_figures(plain_model(name, average=True), rows, Tokenizer.load(corpora / "tok"))
     assert list(found["test"]["cimri"].values()) == pytest.approx(expected, rel=FP32)
     assert found != evaluated(name, "--split", "test")
+
+
+def fail_to_read() -> None:
+    """Prepare a process: rank 1 cannot read what is stored of a parameter."""
+
+    def read(*_: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error", "/nfs/shard-00001.safetensors")
+
+    if os.environ["RANK"] == "1":
+        StoredParameters.read = read  # type: ignore[method-assign,assignment]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("zero", [1, 3])
+def test_a_checkpoint_that_one_rank_cannot_read_ends_all(trained: Path, zero: int) -> None:
+    command = megaphase("evaluate", trained, f"parallel.zero={zero}")
+    results = launch(command, 2, prepare=fail_to_read, timeout=200)
+    assert [result.returncode for result in results] == [1, 1]
+    fault = "/nfs/shard-00001.safetensors: cannot be read or written (Input/output error)"
+    assert results[0].stderr == f"megaphase: {fault}\n"
 
 
 def test_the_layout_does_not_change_the_samples(trained: Path) -> None:
