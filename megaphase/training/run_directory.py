@@ -17,7 +17,7 @@ from megaphase.plan.same_run import (
     settings_of,
 )
 from megaphase.utils.errors import InputError, RunError, file_fault
-from megaphase.utils.files import atomic_write_json, os_errors_named, with_hash
+from megaphase.utils.files import atomic_write_json, with_hash
 from megaphase.utils.locks import exclusive_lock
 from megaphase.utils.run_files import (
     CHECKPOINTS,
@@ -72,10 +72,13 @@ class RunDirectory:
         return self.path / LOCK_FILE
 
     @contextlib.contextmanager
-    def sole_run(self) -> Iterator[None]:
+    def sole_run(self, where: str) -> Iterator[None]:
         """Keeps other runs out of the directory as long as the block lasts.
 
+        where: the file and key that name it, for messages.
+
         Raises:
+            InputError: it cannot be written.
             RunError: another process trains in it.
         """
 
@@ -87,8 +90,10 @@ class RunDirectory:
             )
 
         with contextlib.ExitStack() as stack:
-            with os_errors_named(self.lock):
+            try:
                 stack.enter_context(exclusive_lock(self.lock, refuse))
+            except OSError as error:
+                raise file_fault(self.path, error, "", "cannot be written", where=where) from None
             yield
 
     def refuse_other_run(self, config: RunConfig) -> None:
@@ -99,8 +104,10 @@ class RunDirectory:
         """Raise InputError where the run in this directory has another BOS or other corpora."""
         refuse_other_plan(self.path, config, fingerprint, bos)
 
-    def claim(self, config: RunConfig, plan: dict[str, Any]) -> None:
+    def claim(self, config: RunConfig, plan: dict[str, Any], *, record: bool = True) -> None:
         """Write down the run file and the plan, in a directory that is new or of this run.
+
+        record: False leaves what is written down there as it is.
 
         Raises:
             InputError: the corpora have changed since the run began, or the directory, or that of
@@ -119,8 +126,9 @@ class RunDirectory:
         try:
             for folder in (self.path, *folders):
                 folder.mkdir(parents=True, exist_ok=True)
-            atomic_write_json(self.plan_file, with_hash(plan))
-            atomic_write_json(self.run_file, settings_of(config))
+            if record:
+                atomic_write_json(self.plan_file, with_hash(plan))
+                atomic_write_json(self.run_file, settings_of(config))
         except OSError as error:
             where = config.where("output")
             raise file_fault(self.path, error, "", "cannot be written", where=where) from None

@@ -26,7 +26,9 @@ from megaphase.model.shape import GPTShape
 from megaphase.plan.background_check import BackgroundCheck
 from megaphase.plan.batch_layout import check_remaining_batches
 from megaphase.plan.branch import choose_branch
+from megaphase.plan.build import remove_other_indices
 from megaphase.plan.preview import bos_sentences
+from megaphase.plan.same_run import plan_of_run
 from megaphase.training.checkpointer import Checkpointer, checkpoint_facts
 from megaphase.training.engine import Engine
 from megaphase.training.evaluator import HeldOutEvaluator, Losses
@@ -99,11 +101,13 @@ class RunParts:
         on_first_rank(
             lambda: self.directory.refuse_other_plan(config, spec.fingerprint, spec.bos)
         )  # before the folder in the store is claimed for another plan
+        # Before anything is written, so that a process that is refused changes nothing.
+        where = config.where("output")
+        on_first_rank(lambda: resources.enter_context(self.directory.sole_run(where)))
         self.uploader = claimed_uploader(config, spec, self.say)
         self.plan = open_plan(config, spec, branch, self.say, console)
         self.plan_check = resources.enter_context(BackgroundCheck([]))
         self.check_opened_files()
-        on_first_rank(lambda: resources.enter_context(self.directory.sole_run()))
         if self.uploader is not None:
             self.uploader.start()
             resources.callback(self.uploader.close)
@@ -120,6 +124,27 @@ class RunParts:
         self.divergence = DivergenceMonitor(config, self.shapes[0].vocab, until)
         if self.checkpoint is not None:
             refuse_diverged(self.divergence, self.checkpoint)
+        trains = not self.has_nothing_to_do()
+        on_first_rank(lambda: self._claim_directory(trains=trains))
+
+    def _claim_directory(self, *, trains: bool) -> None:
+        begins = plan_of_run(self.directory.path) is None
+        self.directory.claim(self.config, self.plan.summary(), record=trains)
+        if begins:
+            remove_other_indices(self.plan.folder, self.say)
+
+    def is_done(self) -> bool:
+        """Whether all phases are done."""
+        return self.state.phase == len(self.config.phases)
+
+    def has_reached_end_after(self) -> bool:
+        """Whether the step after which `checkpoint.end_after` ends the run has been trained."""
+        end = self.config.checkpoint.end_after
+        return end is not None and self.state.step >= end
+
+    def has_nothing_to_do(self) -> bool:
+        """Whether all steps have been trained that this start of the run is to train."""
+        return self.is_done() or self.has_reached_end_after()
 
     def check_opened_files(self) -> None:
         """Have rank 0 verify in the background what the plan has opened by now; after a phase that

@@ -25,13 +25,12 @@ from megaphase.model.presets import phase_shapes
 from megaphase.model.shape import GPTShape
 from megaphase.plan.batch_layout import check_batches, check_batches_beforehand
 from megaphase.plan.branch import Branch
-from megaphase.plan.build import plan_folder, remove_other_indices
+from megaphase.plan.build import plan_folder
 from megaphase.plan.corpus_counts import CorpusCounts
 from megaphase.plan.held_out_noise import held_out_warnings
 from megaphase.plan.load_plan import build_plan
 from megaphase.plan.plan import Headers, Plan
 from megaphase.plan.preview import plan_warnings
-from megaphase.plan.same_run import plan_of_run
 from megaphase.plan.spec import PlanSpec, plan_spec
 from megaphase.tokenizer import Tokenizer
 from megaphase.tokenizer.deferred_backend import TokenizerFacts
@@ -156,28 +155,23 @@ def open_plan(
     say: Callable[[str], None],
     console: Console,
 ) -> Plan:
-    """Build the plan where it is not there yet, and claim the run directory for it.
-
-    Called by all ranks.
+    """Build the plan where it is not there yet; called by all ranks.
 
     Raises:
-        InputError: another run has the directory, or it cannot be written; on every rank.
+        InputError: it cannot be written; on every rank.
     """
     directory = RunDirectory(config.output)
     own: list[Plan] = []
 
-    def build_and_claim() -> tuple[Path, Headers]:
+    def build() -> tuple[Path, Headers]:
         # `megaphase plan`, or an earlier start, has said how noisy the losses are.
         is_new = not plan_folder(directory.path, spec).exists()
         plan = build_plan(spec, directory.path, console, say)
         summary = plan.summary()
         if branch is not None and branch.is_new:
-            # First, so that a run that is killed here can never be taken for one of its own.
+            # Before the directory is claimed, so that a run that is killed here can never be taken
+            # for one of its own.
             branch.record(directory.path)
-        begins = plan_of_run(directory.path) is None
-        directory.claim(config, summary)
-        if begins:
-            remove_other_indices(plan.folder, say)
         noise = held_out_warnings(config, spec) if is_new else []
         for sentence in [*plan_warnings(summary), *noise]:
             say(f"Warning: {sentence}")
@@ -185,7 +179,7 @@ def open_plan(
         own.append(plan)
         return plan.folder, plan.headers()
 
-    folder, headers = on_first_rank(build_and_claim)
+    folder, headers = on_first_rank(build)
     return own[0] if own else Plan(spec, folder, headers)
 
 

@@ -346,19 +346,6 @@ class Trainer(RunParts):
         if signalled:
             self._stop(received)
 
-    def is_done(self) -> bool:
-        """Whether all phases are done."""
-        return self.state.phase == len(self.config.phases)
-
-    def has_reached_end_after(self) -> bool:
-        """Whether the step after which `checkpoint.end_after` ends the run has been trained."""
-        end = self.config.checkpoint.end_after
-        return end is not None and self.state.step >= end
-
-    def has_nothing_to_do(self) -> bool:
-        """Whether all steps have been trained that this start of the run is to train."""
-        return self.is_done() or self.has_reached_end_after()
-
     @property
     def phase(self) -> PhaseConfig:
         """The phase that the next step is of."""

@@ -180,10 +180,12 @@ def test_a_run_directory_has_one_run(undisturbed: Path) -> None:
     def unexpected() -> None:
         raise AssertionError("nobody else trains here")
 
+    record = (undisturbed / "run" / "run.json").read_bytes()
     with exclusive_lock(undisturbed / "run" / ".lock", unexpected):
-        command = megaphase("train", undisturbed / "run.yaml")
+        command = megaphase("train", undisturbed / "run.yaml", "faults.skip_batches=77")
         results = launch(command, PROCESSES)
     assert [result.returncode for result in results] == [1, 1]
     (line,) = results[0].stderr.splitlines()
     assert "another process is training in this run directory" in line
+    assert (undisturbed / "run" / "run.json").read_bytes() == record
     assert results[1].stderr == ""
