@@ -61,5 +61,5 @@ class FaultsConfig(Section):
     """Seconds without a heartbeat after which a process counts as dead: all others end and name
     it."""
     stalled_seconds: Seconds = 900.0
-    """Seconds without progress on any process after which the run counts as hanging: all processes
-    end and say where each of them is."""
+    """Seconds without progress, such as a micro-batch, on any process after which the run counts as
+    hanging: all processes end and say where each of them is."""

@@ -179,7 +179,7 @@ class FaultDetector:
         if self._still < self._stalled_seconds:
             return None
         blamed = self._hanging()
-        start = f"no rank has made progress for {self._still:.0f} s"
+        start = f"no rank has made progress for {self._still:.0f} s (faults.stalled_seconds)"
         if blamed is None:
             return self._end(f"{start}, and none of them stands out", details=self._where_all_are())
         beat = self._beats[blamed[0]]

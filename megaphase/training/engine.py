@@ -177,7 +177,13 @@ class Engine:
             None if equal else torch.tensor([each / largest for each in weights]).double()
         )
 
-    def train_step(self, batch: Batch, learning_rate: float, step: int | None = None) -> StepResult:
+    def train_step(
+        self,
+        batch: Batch,
+        learning_rate: float,
+        step: int | None = None,
+        progress: Callable[[], object] = lambda: None,
+    ) -> StepResult:
         """Accumulate gradients over this rank's rows of the global batch, then step.
 
         The loss is the mean over all tokens of the global batch that have a target, whatever the
@@ -186,7 +192,8 @@ class Engine:
         nothing. The losses of the result have no weights.
         The host waits for the device only where DeepSpeed does (docs/performance.md lists where).
 
-        step: its number over the whole run, which dropout needs and nothing else.
+        step: its number over the whole run, which dropout needs and nothing else. progress: called
+            after every micro-batch.
         """
         set_learning_rate(self._optimizer, learning_rate)
         self._engine.train()
@@ -209,6 +216,7 @@ class Engine:
                 loss = losses_by_task.sum() / tokens.sum().clamp(min=1.0)
                 self.spikes.take_loss(loss, weights > 0)
             norm = self._step()
+            progress()
         if losses_by_task is None:
             losses_by_task = self._over_ranks(self._by_task(torch.cat(row_losses), batch.tasks))
         return StepResult(losses_by_task, tokens, norm, self.spikes.left_out, self.spikes.judgement)

@@ -164,10 +164,11 @@ class Trainer(RunParts):
         schedule = self.phase.learning_rate
         rate = learning_rate(schedule, before.phase_step, self.phase_steps)
         rate *= batch_scale(schedule, samples, self.config.phase_batch(before.phase).samples)
-        self.watchdog.at(f"in step {step:,}")
+        progress = partial(self.watchdog.at, f"in step {step:,}")
+        progress()
         self.callbacks.on_step_begin(step)
         began = time.perf_counter()
-        result = self.engine.train_step(batch, rate, step)
+        result = self.engine.train_step(batch, rate, step, progress)
         self.averages.after_step(self.state, result)
         self.replicas.begin(step)
         times = {"began": began, "data_wait": data_wait_seconds, "save": self._save_seconds}

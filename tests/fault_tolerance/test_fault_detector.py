@@ -175,8 +175,8 @@ def test_hanging_rank_is_the_one_that_does_not_wait():
     assert diagnosis is not None
     assert STALLED_SECONDS <= run.seconds <= STALLED_SECONDS + 2 * BEAT_SECONDS
     assert diagnosis.message == (
-        "no rank has made progress for 900 s: rank 2 on node1 (process 110) hangs reading the "
-        "batch of step 9 (dataset.py:7 in read); all processes end"
+        "no rank has made progress for 900 s (faults.stalled_seconds): rank 2 on node1 (process "
+        "110) hangs reading the batch of step 9 (dataset.py:7 in read); all processes end"
     )
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from run_support import (
 )
 
 from megaphase.tokenizer import Tokenizer
+from megaphase.training.engine import Engine
 
 ALL_STEPS = sum(STEPS)
 PEAK_TFLOPS = 0.25  # of each process
@@ -254,6 +256,23 @@ def test_tensorboard_gets_the_same_figures(corpora, tmp_path):
     held_out = {event.step: event.value for event in board.Scalars("validation_loss/cimri")}
     expected = {r["step"]: r["validation"]["cimri"]["loss"] for r in rows if "validation" in r}
     assert held_out == pytest.approx(expected)
+
+
+def step_slowly() -> None:
+    """Prepare a run's processes: every micro-batch takes 2 s."""
+    step = Engine._step
+
+    def slow(engine: Engine):
+        time.sleep(2)
+        return step(engine)
+
+    Engine._step = slow
+
+
+def test_a_step_may_take_longer_than_a_run_may_stand_still(corpora, tmp_path):
+    settings = run_settings(corpora, faults={"stalled_seconds": 6}, checkpoint={"end_after": 1})
+    run_file = write_run_file(tmp_path / "slow", settings)  # of 4 micro-batches a step
+    check(launch(megaphase("train", run_file), 1, prepare=step_slowly))
 
 
 def test_plain_lines_without_a_terminal(corpora, tmp_path):
