@@ -75,7 +75,7 @@ def evaluate(
                 on_first_rank(lambda: _require_checkpoints(config))
             run_on_all_ranks(lambda: _require_splits(config, splits))
             branch = on_first_rank(lambda: choose_branch(config, None))
-            tokenizer, shapes, spec = check_inputs(config, branch)
+            tokenizer, shapes, spec = check_inputs(config, branch, trains=False)
             patience = config.faults.stalled_seconds
             grid = start_process_grid(config.parallel.tensor, patience)
             say = say_on_first_rank(console)

@@ -74,10 +74,11 @@ class Inputs(NamedTuple):
     spec: PlanSpec
 
 
-def check_inputs(config: RunConfig, branch: Branch | None) -> Inputs:
+def check_inputs(config: RunConfig, branch: Branch | None, *, trains: bool = True) -> Inputs:
     """Check the run file against processes, tokenizer, shape, corpora and the branch's checkpoint.
 
     Called by all ranks, before anything is built.
+    trains: whether the processes must be able to share the training batches.
 
     Raises:
         InputError: on the first thing that does not fit; on every rank.
@@ -88,7 +89,7 @@ def check_inputs(config: RunConfig, branch: Branch | None) -> Inputs:
     def check_on_first_rank() -> _Facts:
         plans = config.output / "plan"
         known = CorpusCounts.stored(plans)
-        found.append(_check_inputs(config, branch, corpora, known))
+        found.append(_check_inputs(config, branch, corpora, known, trains=trains))
         return _Facts(found[0].tokenizer.facts(), known.known)
 
     facts = on_first_rank(check_on_first_rank)
@@ -117,16 +118,24 @@ class _Facts(NamedTuple):
 
 
 def _check_inputs(
-    config: RunConfig, branch: Branch | None, corpora: Mapping[Path, Corpus], known: CorpusCounts
+    config: RunConfig,
+    branch: Branch | None,
+    corpora: Mapping[Path, Corpus],
+    known: CorpusCounts,
+    *,
+    trains: bool,
 ) -> Inputs:
     # First, so that a key that was changed since the run began is named as that.
     RunDirectory(config.output).refuse_other_run(config)
-    check_batches_beforehand(config, world_size())
+    config.data_ranks(world_size())
+    if trains:
+        check_batches_beforehand(config, world_size())
     planned_card(config)
     tokenizer = Tokenizer.load(config.tokenizer)
     shapes = phase_shapes(config, tokenizer.vocab_size)
     spec = _spec(config, tokenizer, branch, corpora, known, checked=False)
-    check_batches(config, spec, world_size())
+    if trains:
+        check_batches(config, spec, world_size())
     if branch is not None:
         if branch.state:
             check_format(branch.checkpoint, branch.state)

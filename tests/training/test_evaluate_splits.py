@@ -160,6 +160,22 @@ def test_the_layout_does_not_change_the_samples(trained: Path) -> None:
             assert list(four[split][task].values()) == expected
 
 
+def test_any_number_of_processes_measures_an_unfinished_run(trained: Path, tmp_path: Path) -> None:
+    run_file = copy_run(trained.parent, tmp_path / "unfinished")
+    for path in (tmp_path / "unfinished/run/checkpoints").iterdir():
+        if path.name != full_name(STEPS[0]):
+            path.unlink() if path.is_symlink() else shutil.rmtree(path)
+    one = evaluated(run_file)
+    results = launch(megaphase("evaluate", run_file, "--json"), 3)  # of a batch of 8
+    check(results)
+    three = json.loads(results[0].stdout)
+    assert three["step"] == one["step"] == STEPS[0]
+    for task in TASKS:
+        assert three["validation"][task]["loss"] == pytest.approx(
+            one["validation"][task]["loss"], rel=FP32
+        )
+
+
 def record_rows(path: Path) -> None:
     """In the process of a command: append the number of rows of every forward pass to a file."""
     evaluate_rows = Engine._evaluate
