@@ -34,11 +34,12 @@ class Trainer(RunParts):
             Stopped: a signal came to some rank; the state is saved.
         """
         began, earlier = time.monotonic(), self.state.step
-        self.signals.begin_training(self.resume_point.loss)
         while not self.has_nothing_to_do():
             self.engine.micro = self.config.phase_batch(self.state.phase).micro
             if self.state.phase_step == 0:
                 self.begin_phase()
+            # Until the first step of this start, a signal ends it: there is nothing to save.
+            self.signals.begin_training(self.resume_point.loss)
             reason = self.train_phase()
             if reason is not None:
                 self.end_phase(reason)

@@ -152,6 +152,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     both = [(rank, number) for number in (TERM, USR1) for rank in (1, 0)]
     stops = {
         "at the start": run.stop(starting_up, [(0, TERM), (1, TERM)], cold),
+        "before the first step": run.stop_itself("begin_phase", 1, TERM),
         "one rank": run.stop_itself("train_step", 1, TERM, calls=3),
         "the other rank": run.stop_itself("train_step", 0, USR1, calls=3),
         "again and again": run.stop(run.saving(), both * 5),
@@ -197,6 +198,16 @@ def test_a_signal_at_the_start_ends_a_run_that_has_nothing_to_save(story: Story)
     assert re.fullmatch(r"megaphase: SIGTERM came .*; nothing is lost\n", stop.results[0].stderr)
     assert stop.results[1].stderr == ""
     assert (stop.checkpoints, stop.steps) == ([], 0)
+
+
+@pytest.mark.distributed
+def test_a_signal_before_the_first_step_waits_for_no_validation(story: Story) -> None:
+    stop = story.stops["before the first step"]
+    assert stop.codes == [75, 75]
+    assert stop.results[0].stderr == (
+        "megaphase: SIGTERM came to rank 1 before the first step: nothing is lost, the same "
+        "command starts again\n"
+    )
 
 
 @pytest.mark.distributed
