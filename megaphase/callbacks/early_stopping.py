@@ -37,8 +37,8 @@ class OverfitConfig(Section):
 
 class StopConfig(Section):
     """Conditions that end a phase before its length is reached. They are checked after every
-    validation. The next phase begins with the weights of that step, and its streams continue where
-    they stopped."""
+    validation but that before the phase's first step. The next phase begins with the weights of
+    that step, and its streams continue where they stopped."""
 
     overfit: OverfitConfig | None = None
     """Ends the phase when validation losses no longer fall."""
