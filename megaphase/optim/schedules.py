@@ -40,7 +40,8 @@ class LearningRateConfig(Section):
     """Learning rate at the end of the warm-up."""
     final: Annotated[float, Field(ge=0)] = 0.0
     """Learning rate of the schedule's last step, which is the phase's where `steps` is left out; at
-    most `peak`. `inverse_sqrt` never falls below it; `constant` does not use it."""
+    most `peak`. `inverse_sqrt` never falls below it; `constant` does not use it. A warm-up of all
+    steps of the schedule, or of all but one, leaves none for the decay: it is then not reached."""
     warmup_steps: StepsOrZero = 0
     """Optimizer steps of linear warm-up at the schedule's beginning; together with `decay_steps` at
     most the schedule's length."""
@@ -93,7 +94,8 @@ def learning_rate(config: LearningRateConfig, step: int, steps: int) -> float:
 
     If the schedule has its own length, the phase is its part that begins at `first_step`. Warm-up
     rises linearly and reaches `peak` at the schedule's step `warmup_steps`; all but `constant` and
-    `inverse_sqrt` reach `final` at the schedule's last step, and a longer phase stays there.
+    `inverse_sqrt` reach `final` at the schedule's last step, where that is a later one, and a
+    longer phase stays there.
 
     cosine: Loshchilov and Hutter 2017. inverse_sqrt: Vaswani et al. 2017, from the peak, not below
     `final`. wsd: Hu et al. 2024, stable at the peak, then linear over the last `decay_steps`.
