@@ -34,9 +34,10 @@ class RunConfig(Section):
     """The keys of the run file and its sections.
 
     When a run is started again in its run directory, only these may have changed: `output`,
-    `tokenizer`, `tasks.*.corpus` (as paths; the content is checked), `parallel`, `deterministic`,
-    `batch.micro`, `phases.*.batch.micro`, `model.activation_checkpointing`, `parts`, `checkpoint`,
-    `faults`, `logging`, `hardware`, `test.samples` and `validation.harness`.
+    `tokenizer`, `tasks.*.corpus` (as paths; the content is checked), `bos` (where documents still
+    begin with the same token), `parallel`, `deterministic`, `batch.micro`, `phases.*.batch.micro`,
+    `phases.*.average.device`, `model.activation_checkpointing`, `parts`, `checkpoint`, `faults`,
+    `logging`, `hardware`, `test.samples` and `validation.harness`.
     """
 
     seed: Seed = 1234
