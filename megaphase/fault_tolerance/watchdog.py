@@ -93,13 +93,14 @@ class Watchdog:
 
     @contextlib.contextmanager
     def patient(self, where: str) -> Iterator[None]:
-        """Allow the block to take longer than `stalled_seconds`; a dead rank is still detected."""
+        """Allow the block to take longer than `stalled_seconds`; a dead rank is still detected.
+        Blocks may be nested."""
         self.at(where)
-        self._state = "patient"
+        before, self._state = self._state, "patient"
         try:
             yield
         finally:
-            self._state = "running"
+            self._state = before
             self.at(f"after {where}")
 
     def stop(self, reason: str, code: int) -> None:

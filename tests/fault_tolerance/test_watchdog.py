@@ -180,6 +180,7 @@ def test_foreseen_fault_of_all_is_theirs_to_tell(tmp_path: Path) -> None:
         ("work_in_c", [0]),
         ("work_in_c", [1]),
         ("sleep", [1]),
+        ("wait_patiently", [1]),
         ("leave_late", [0]),
         ("leave_late", [1]),
     ],

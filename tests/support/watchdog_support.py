@@ -92,6 +92,14 @@ def sleep() -> None:
     time.sleep(1.5 * SILENT_SECONDS)
 
 
+def wait_patiently() -> None:
+    """Take long within a block that allows it, after another one in it has ended."""
+    with _watchdog.patient("waiting"):
+        with _watchdog.patient("saving"):
+            pass
+        time.sleep(2.5 * SILENT_SECONDS)
+
+
 def leave_late() -> None:
     """Do nothing in the step; see `train`."""
 
@@ -99,7 +107,8 @@ def leave_late() -> None:
 def train(harm: str, faulty_ranks: set[int]) -> None:
     """Run steps with a collective each; at FAULTY_STEP the faulty ranks call the function
     `harm`."""
-    stalled_seconds = 2 * SILENT_SECONDS if harm == "hang" else LIMIT_SECONDS
+    stalls = ("hang", "wait_patiently")
+    stalled_seconds = 2 * SILENT_SECONDS if harm in stalls else LIMIT_SECONDS
     global _watchdog
     with process_group(), Watchdog(SILENT_SECONDS, stalled_seconds) as watchdog:
         _watchdog = watchdog
