@@ -187,7 +187,7 @@ def start_process_grid(tensor_size: int, stalled_seconds: float = 0.0) -> Proces
     timeout = collective_timeout(stalled_seconds)
     set_timeout(None, timeout)
     world, rank = dist.get_world_size(), dist.get_rank()
-    assert world % tensor_size == 0, "RunConfig.micro_batches comes first"
+    assert world % tensor_size == 0, "RunConfig.data_ranks comes first"
     first = rank - rank % tensor_size
     # Each process forms only its own groups, with their members alone.
     return ProcessGrid(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from megaphase.utils.arguments import (
     Overrides,
     Profile,
@@ -12,9 +10,6 @@ from megaphase.utils.arguments import (
     Source,
 )
 from megaphase.utils.standard_streams import new_console, standard_output_is_a_log
-
-if TYPE_CHECKING:
-    pass
 
 PROFILE_STEPS = 3
 

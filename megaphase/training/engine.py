@@ -169,13 +169,10 @@ class Engine:
     def weigh_losses(self, weights: Sequence[float]) -> None:
         """Multiply the losses of each task by its weight, from the next training step on.
 
-        weights: by the tasks' numbers, of which one is above 0; only their ratios matter.
+        weights: by the tasks' numbers, see RunConfig.relative_loss_weights.
         """
         equal = min(weights) == max(weights)
-        largest = max(weights)
-        self._loss_weights = (
-            None if equal else torch.tensor([each / largest for each in weights]).double()
-        )
+        self._loss_weights = None if equal else torch.tensor(weights).double()
 
     def train_step(
         self,

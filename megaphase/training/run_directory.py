@@ -31,7 +31,7 @@ from megaphase.utils.run_files import (
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """The paths in a run directory; see DESIGN, section 5, for what the files hold."""
+    """The paths in a run directory; README.md says what the files hold."""
 
     path: Path
 

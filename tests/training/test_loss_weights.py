@@ -128,7 +128,7 @@ def ratios() -> list[list[float]]:
     """Run on a rank: the norms of two steps with several weights."""
     with process_group():
         found = []
-        for weights in [None, (5.0, 5.0), (1.0, 2.0), (3.0, 6.0)]:
+        for weights in [None, (5.0, 5.0), (1.0, 2.0), (2.0, 4.0)]:
             engine = build_engine(run_config(zero=2))
             if weights is not None:
                 engine.weigh_losses(weights)
@@ -139,7 +139,7 @@ def ratios() -> list[list[float]]:
 
 
 def test_only_the_ratios_of_weights_matter() -> None:
-    none, equal, one, three = run_ranks(ratios, 1)[0]
+    none, equal, one, two = run_ranks(ratios, 1)[0]
     assert none == equal
-    assert one == three
+    assert one == two
     assert one != none
