@@ -273,7 +273,8 @@ class _Runner:
             return
         if code == EXIT_WRONG_INPUT:
             raise InputError(self._directory.run_file(name), last_line(self._directory.log(name)))
-        if code == 0 or (code == EXIT_FAILED and has_diverged(self._directory, job.trial)):
+        diverged = code in (0, EXIT_FAILED) and has_diverged(self._directory, job.trial)
+        if diverged or (code == 0 and has_ended(self._directory, job.trial)):
             outcome = read_outcome(self._sweep, self._directory, job.trial)
         else:
             outcome = Outcome(failed=_reason(code, self._directory.log(name)))
@@ -298,4 +299,6 @@ def _reason(code: int, log: Path) -> str:
     """Return why a command ended; if it was killed, its last line is not the reason."""
     if code < 0:
         return f"was killed by {signal.Signals(-code).name}"
+    if code == 0:
+        return "ended before its last step, with exit code 0"
     return last_line(log) or f"ended with exit code {code}"

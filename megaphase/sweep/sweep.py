@@ -28,6 +28,7 @@ from megaphase.utils.yaml_file import read_yaml
 
 # Keys of the run file that differ between the runs of the sweep.
 OWN_KEYS = ("seed", "output", "phases")
+END_AFTER = "would end runs before they have spent the budget"
 GROUP_LOSSES = ("mean", "high", "low")  # besides the tasks, what a primary contrast may be about
 
 
@@ -99,14 +100,23 @@ def load_sweep(path: Path) -> Sweep:
         if wrong is None:
             raise
         raise InputError(f"{path}: settings.{wrong}", error.problem, error.remedy) from None
-    if probe.batch.ramp is not None:
-        of_sweep = [key for key in config.settings if key.split(".")[0] == "batch"]
-        raise InputError(
-            f"{path}: settings.{of_sweep[0]}" if of_sweep else f"{run_file}: batch.ramp",
+    for key, value, problem in (
+        (
+            "batch.ramp",
+            probe.batch.ramp,
             "a ramp would begin again in every stage of an arm, so that arms would train on "
             "different numbers of tokens",
-            "leave the ramp out",
-        )
+        ),
+        ("checkpoint.end_after", probe.checkpoint.end_after, END_AFTER),
+    ):
+        if value is not None:
+            section = key.split(".")[0]
+            of_sweep = [each for each in config.settings if each.split(".")[0] == section]
+            raise InputError(
+                f"{path}: settings.{of_sweep[0]}" if of_sweep else f"{run_file}: {key}",
+                problem,
+                f"leave {key} out",
+            )
     high = _group(f"{path}: high", probe, config.high)
     low = _group(f"{path}: low", probe, config.low)
     if both := [task for task in high if task in low]:

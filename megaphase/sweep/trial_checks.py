@@ -12,7 +12,7 @@ from megaphase.optim.parameter_state import stored_by
 from megaphase.plan.mixture import effective_rates
 from megaphase.plan.spec import plan_spec
 from megaphase.sweep.arms.config import PHASES
-from megaphase.sweep.sweep import Sweep, blamed_setting
+from megaphase.sweep.sweep import END_AFTER, Sweep, blamed_setting
 from megaphase.sweep.trials import Trial
 from megaphase.tokenizer import Tokenizer
 from megaphase.utils.errors import InputError
@@ -40,6 +40,10 @@ def check_run_files(sweep: Sweep, trials: Sequence[Trial]) -> None:
                 error.problem,
                 error.remedy,
             ) from None
+        if config.checkpoint.end_after is not None:
+            key = "checkpoint.end_after"
+            found = InputError(f"{where}: {key}", END_AFTER, "leave it out")
+            raise _blamed(sweep, trial, found, key)
         configs[trial.name] = config
         _check_comparable(sweep, trial, trials, config, configs[trials[0].name])
         if trial.source is None or config.phases[0].optimizer_state != "keep":

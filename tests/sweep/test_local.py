@@ -208,6 +208,24 @@ def test_a_run_that_is_killed_is_told_so(corpora: Path, tmp_path: Path) -> None:
     assert outcomes["static-r0.2-p0.01-s11"].failed is None
 
 
+def test_a_run_that_ends_early_has_not_spent_the_budget(corpora: Path, tmp_path: Path) -> None:
+    """Though its exit code is 0, and it was validated."""
+    path = write(tmp_path, settings(corpora, arms={"static": {"rates": [0.2]}}))
+    early = partial(overridden_start, "checkpoint.end_after=4")
+    _, directory, outcomes = run_warm(path, start=early)
+    assert read_rows(directory.run(STATIC))[-1]["step"] == 4
+    assert outcomes[STATIC].failed == "ended before its last step, with exit code 0"
+    directory.forget_failures()
+    _, _, outcomes = run_warm(path)
+    assert (outcomes[STATIC].failed, outcomes[STATIC].step) == (None, STEPS)
+
+
+def overridden_start(
+    override: str, command: Sequence[str], log: Path, environment: Mapping[str, str]
+) -> Any:
+    return warm_start([*command[:2], override, *command[2:]], log, environment)
+
+
 def killed_start(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Any:
     code = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
     return subprocess.Popen([sys.executable, "-c", code], start_new_session=True)

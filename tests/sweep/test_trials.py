@@ -242,6 +242,14 @@ ONCE_LOW = {"proportional": True, "over": list(LOW), "max_epochs": 0.1}
             ": settings.batch.ramp: a ramp would begin again in every stage of an arm, so",
         ),
         (
+            {"settings": {"checkpoint.end_after": 4}},
+            ": settings.checkpoint.end_after: would end runs before they have spent the budget",
+        ),
+        (
+            {"arms": {"static": {"rates": [0.1], "settings": {"checkpoint.end_after": 4}}}},
+            ": arms.static.settings.checkpoint.end_after: would end runs before they have spent",
+        ),
+        (
             {"arms": {"odd": {"phases": [{"share": 0.5, "rate": 0}, SHORT_SAMPLES]}}},
             ": arms.odd: changes model.seq_len, which must be the same in all arms and models",
         ),
