@@ -98,6 +98,7 @@ def _check_comparable(
         raise refuse("the tokens of a step by a ramp", "leave the ramp out")
     for what, value, other in (
         ("the tokenizer", config.tokenizer, first.tokenizer),
+        ("bos", config.bos, first.bos),
         ("model.seq_len", config.model.seq_len, first.model.seq_len),
         ("batch.samples", config.batch.samples, first.batch.samples),
         (
@@ -125,6 +126,10 @@ def _check_comparable(
     for task in config.tasks:
         if config.tasks[task].corpus != first.tasks[task].corpus:
             raise refuse(f"the corpus of {task}", same)
+        attends, attended = (each.tasks[task].attends_across_documents for each in (config, first))
+        if attends != attended:
+            # Where they do not, the first token of a document is not measured.
+            raise refuse(f"tasks.{task}.attend_across_documents", same)
         if _splits(config, task) != _splits(first, task):
             raise refuse(
                 f"the held-out documents or the test split of {task}",

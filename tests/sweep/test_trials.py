@@ -212,6 +212,12 @@ ONCE_LOW = {"proportional": True, "over": list(LOW), "max_epochs": 0.1}
                 ("phases[*].batch", RAMP, "the tokens of a step by a ramp"),
                 ("phases[0].model", {"seq_len": 16}, "the tokens of a step"),
                 ("tokenizer", "other", "the tokenizer"),
+                ("bos", True, "bos"),
+                (
+                    f"tasks.{LOW[0]}.attend_across_documents",
+                    False,
+                    f"tasks.{LOW[0]}.attend_across_documents",
+                ),
                 (f"tasks.{LOW[0]}.corpus", "other", f"the corpus of {LOW[0]}"),
                 ("validation.harness", HARNESS, "validation.harness"),
                 ("parallel", NVME, "parallel.offload_folder"),
