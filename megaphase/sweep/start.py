@@ -39,7 +39,7 @@ def sweep(path: Path, *, jobs: int, processes: int, retry: bool, console: Consol
         Stopped: a signal arrived, and the runs have saved.
     """
     found, directory = checked_sweep(path)
-    machine = Machine(jobs, processes, gpus())
+    machine = _machine(jobs, processes, gpus())
     with directory.locked():
         _refuse_jobs(found, directory)
         directory.prepare(found)
@@ -148,7 +148,7 @@ def dry_run(
     if trial and card is not None:
         raise InputError("--card", "--trial is also given", "give one of them")
     found, _ = checked_sweep(path)
-    source = TimeSource(card, Machine(jobs, processes, gpus() if trial else 0))
+    source = TimeSource(card, _machine(jobs, processes, gpus() if trial else 0))
     say_warnings(found, console)
 
     def say(what: str) -> None:
@@ -161,6 +161,23 @@ def dry_run(
         sentences += budget_sentences(plan, budget)
     for sentence in sentences:
         say(sentence)
+
+
+def _machine(jobs: int, processes: int, gpus: int) -> Machine:
+    """Return this machine.
+
+    Raises:
+        InputError: the runs need more GPUs than there are, so some would train on CPUs.
+    """
+    needed = jobs * processes
+    if needed > gpus > 0:
+        raise InputError(
+            "--jobs" if jobs > 1 else "--gpus",
+            f"{jobs} concurrent runs with --gpus {processes} need {needed} GPUs, and here are "
+            f"{gpus}",
+            "lower --jobs or --gpus",
+        )
+    return Machine(jobs, processes, gpus)
 
 
 def gpus() -> int:

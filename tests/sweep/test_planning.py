@@ -16,6 +16,7 @@ from sweep_run_support import write
 from test_pruning import ARMS, PEAKS, pruned_sweep
 from warm_commands import run
 
+from megaphase.sweep import start
 from megaphase.sweep.local import Machine
 from megaphase.sweep.outcome import Outcome
 from megaphase.sweep.planning.budget import fit_budget, spread
@@ -261,6 +262,30 @@ def test_a_trial_is_a_short_run_of_the_same_sizes(corpora: Path, tmp_path: Path)
     run = trial_run(trials[0].run, tmp_path / "out")
     assert run["phases"][0]["steps"] == STEPS
     assert shape_of(trials[0]) != ""
+
+
+def test_a_trial_leaves_nothing_where_the_run_does(corpora: Path, tmp_path: Path) -> None:
+    content = sweep_settings(corpora)
+    content["run"]["checkpoint"] = {"every_steps": 3, "upload": f"file://{tmp_path / 'store'}"}
+    content["run"]["logging"] = {"wandb": {"project": "languages"}}
+    (trial, *_) = all_trials(load_sweep(write(tmp_path, content)))
+    run = trial_run(trial.run, tmp_path / "out")
+    assert run["checkpoint"] == {"every_steps": 3}
+    assert "logging" not in run
+    assert trial.run["checkpoint"]["upload"].startswith("file://")
+
+
+def test_more_runs_than_there_are_gpus_for_are_refused(
+    corpora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(start, "gpus", lambda: 3)
+    path = write(tmp_path, sweep_settings(corpora))
+    said = r"--jobs: 2 concurrent runs with --gpus 2 need 4 GPUs, and here are 3; lower --jobs or"
+    with pytest.raises(InputError, match=said):
+        start.sweep(path, jobs=2, processes=2, retry=False, console=Console(quiet=True))
+    with pytest.raises(InputError, match=said):
+        printed(path, jobs=2, processes=2, trial=True)
+    printed(path, jobs=2, processes=2)
 
 
 @pytest.mark.parametrize(

@@ -208,6 +208,9 @@ def trial_run(run: Mapping[str, Any], output: Path) -> dict[str, Any]:
     rate = {"schedule": "constant", "peak": phase["learning_rate"]["peak"], "warmup_steps": 0}
     content = deepcopy({key: value for key, value in run.items() if key != "monitor"})
     content |= {"output": str(output)}
+    # No uploads and no trackers, where what it leaves behind would be taken for the run's own.
+    content.get("checkpoint", {}).pop("upload", None)
+    content.pop("logging", None)
     content["validation"] = {**content.get("validation", {}), "every_steps": 10 * STEPS}
     content["phases"] = [
         {"name": phase["name"], "steps": STEPS, **deepcopy(kept), "learning_rate": rate}
