@@ -21,6 +21,8 @@ from megaphase.launch.slurm.job_file import (
     remember_job,
 )
 from megaphase.launch.slurm.script import (
+    LOGGED,
+    REQUEUED,
     Resources,
     batch_script,
     check_memory,
@@ -40,8 +42,9 @@ from megaphase.utils.yaml_file import read_yaml
 
 _TASK = "${SLURM_ARRAY_TASK_ID}"
 # Options of sbatch that are keys of a step; those of the second table, only for a training.
-_KEYS = {"array": "use the key array", "dependency": "use the key after"}
+_KEYS = {"array": "use the key array", "dependency": "use the key after", **LOGGED}
 _TRAINING_KEYS = _KEYS | {
+    **REQUEUED,
     "nodes": "use the key nodes",
     "cpus-per-task": "use the key cores",
     "gpus-per-node": "use the key gpus_per_node",
@@ -165,7 +168,7 @@ class Pipeline(Section):
     @property
     def folder(self) -> Path:
         """The file's folder, in which the commands run, and to which paths are relative."""
-        return real_path(self._path).parent
+        return real_path(self._path.parent)
 
     @property
     def logs_folder(self) -> Path:

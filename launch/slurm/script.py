@@ -17,6 +17,14 @@ from megaphase.utils.python_command import python_command
 # Time in which the processes should end after one was found dead.
 _LEAVING_SECONDS = 15.0
 
+# The log is remembered, and a start adds to it.
+LOGGED = {
+    "output": "leave it out: the log is where the command says",
+    "error": "leave it out: errors are in the log, too",
+    "open-mode": "leave it out: a log is appended to",
+    "chdir": "leave it out: relative paths are of the file that has them",
+}
+REQUEUED = {"no-requeue": "leave it out; --restarts (restarts) says how often a job starts again"}
 # Options to use instead, since layout and memory are checked against them.
 DETERMINED = {
     "nodes": "use --nodes",
@@ -25,6 +33,8 @@ DETERMINED = {
     "cpus-per-task": "use --cores",
     **dict.fromkeys(("gpus", "gpus-per-task", "gres"), "use --nodes and --gpus-per-node"),
     **dict.fromkeys(("ntasks", "array"), "one task runs on each GPU"),
+    **LOGGED,
+    **REQUEUED,
 }
 _HEADER = re.compile(r"#SBATCH --([a-z-]+)(?:=(.*))?")
 

@@ -113,7 +113,9 @@ def script_for(
     config: RunConfig, overrides: Sequence[str], options: Sequence[str], resources: Resources
 ) -> str:
     """Return the batch script of a run; options: of `megaphase train`."""
-    arguments = [str(real_path(config.path)), *overrides, *options]
+    # Not the target of a link, to whose folder relative paths would then be relative.
+    run_file = real_path(config.path.parent) / config.path.name
+    arguments = [str(run_file), *overrides, *options]
     return batch_script(
         resources,
         f"megaphase-{config.output.name}",

@@ -367,7 +367,8 @@ def _steps(
                 "after_failures": True,
                 **_of_one_process(jobs),
             }
-    again = ["sweep", str(real_path(sweep.file)), "--slurm"]
+    # Not the target of a link, to whose folder relative paths would then be relative.
+    again = ["sweep", str(real_path(sweep.file.parent) / sweep.file.name), "--slurm"]
     steps[NEXT] = {"command": shlex.join(again), "sbatch": list(jobs.next_options)}
     if groups:
         steps[NEXT] |= {"after": [name for name in steps if name != NEXT], "after_failures": True}

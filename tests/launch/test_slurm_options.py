@@ -5,17 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import ValidationError
+from run_support import run_settings
+from sweep_support import sweep_of
+from typer.main import get_command
 
-from megaphase.launch.slurm.pipeline import Step
+from megaphase.cli import app
+from megaphase.config.load import load_run_file
+from megaphase.launch.slurm.pipeline import Step, load_pipeline
 from megaphase.launch.slurm.script import (
+    DETERMINED,
     Resources,
     batch_script,
     check_memory,
     node_options,
     time_limit,
 )
+from megaphase.launch.slurm.submit import script_for
+from megaphase.sweep.directory import SweepDirectory
 from megaphase.sweep.file import ClusterJobs
+from megaphase.sweep.slurm import _steps
+from megaphase.utils.errors import InputError
+from megaphase.utils.slurm import sbatch_options
 
 
 def resources(*options: str) -> Resources:
@@ -45,6 +57,36 @@ def test_the_jobs_of_a_sweep_have_both_where_they_train() -> None:
     assert jobs.options == ("--qos=low",)
     step = Step.model_validate({"train": "run.yaml", **jobs.training})
     assert node_options(step.mem, exclusive=step.exclusive) == ["--mem=0", "--exclusive"]
+
+
+@pytest.mark.parametrize("name", ["output", "error", "open-mode", "chdir", "no-requeue"])
+def test_where_a_job_writes_and_whether_it_comes_back_is_not_for_sbatch(name: str) -> None:
+    option = "--no-requeue" if name == "no-requeue" else f"--{name}=mine"
+    with pytest.raises(InputError, match=f"--{name} is not allowed there; leave it out"):
+        sbatch_options(option, DETERMINED)
+    with pytest.raises(ValidationError, match=f"--{name} is not allowed there; leave it out"):
+        ClusterJobs.model_validate({"sbatch": option})
+
+
+def test_a_job_reads_a_linked_file_where_the_link_is(tmp_path: Path) -> None:
+    """Relative paths in it are relative to that folder."""
+    (tmp_path / "templates").mkdir()
+    here = tmp_path / "here"
+    here.mkdir()
+    content = {"pipeline": {"steps": {"a": {"command": "doctor"}}}, "languages": {}}
+    content["run"] = run_settings(tmp_path / "corpora")
+    for name, each in content.items():
+        (tmp_path / "templates" / f"{name}.yaml").write_text(yaml.safe_dump(each))
+        (here / f"{name}.yaml").symlink_to(f"../templates/{name}.yaml")
+    config = load_run_file(here / "run.yaml")
+    script = script_for(config, [], [], resources())
+    assert f"run=({here / 'run.yaml'})" in script.splitlines()
+    pipeline = load_pipeline(here / "pipeline.yaml", get_command(app))
+    assert pipeline.folder == here
+    sweep = sweep_of(here / "sweep", {"static": {"rates": [0.1]}}, slurm={"gpus_per_node": 0})
+    assert sweep.config.slurm is not None
+    steps = _steps(sweep, SweepDirectory(here / "sweep"), sweep.config.slurm, {}, here)
+    assert steps["next"]["command"] == f"sweep {here / 'languages.yaml'} --slurm"
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,14 @@ TRAIN = {"train": "run.yaml", **CPU}
             ": steps.a.sbatch: cannot be parsed (No closing quotation); check quotes",
         ),
         (
+            {"a": {**VERIFY, "sbatch": "--output=mine-%j.log"}},
+            ": steps.a.sbatch: --output is not allowed there; leave it out: the log is where",
+        ),
+        (
+            {"a": {**TRAIN, "sbatch": "--no-requeue"}},
+            ": steps.a: --no-requeue is not allowed there; leave it out; --restarts (restarts)",
+        ),
+        (
             {"a": {**TRAIN, "sbatch": "--gpus=8"}},
             ": steps.a: --gpus is not allowed there; use the keys nodes and gpus_per_node",
         ),
