@@ -6,9 +6,9 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megaphase.utils.errors import InputError
+from megaphase.utils.errors import InputError, RunError
 from megaphase.utils.files import atomic_write_json, make_directory, read_json
-from megaphase.utils.slurm import job_fields
+from megaphase.utils.slurm import look_up
 
 FOLDER = "slurm"  # in a run directory
 JOB_FILE = "job.json"
@@ -58,10 +58,19 @@ def refuse_second_job(run_dir: Path) -> None:
 
     Raises:
         InputError: names the job.
+        RunError: Slurm does not answer, so the job may be there.
     """
     job = read_job(run_dir)
-    state = job_fields(job.job).get("JobState") if job else None
-    if job and state is not None and state not in OVER:
+    if job is None:
+        return
+    record = look_up(job.job)
+    if not record.answered:
+        raise RunError(
+            f"{run_dir}: {record.unknown}, so job {job.job} of this run may be in the queue; try "
+            f"again, or, if it has ended, remove {run_dir / FOLDER / JOB_FILE}"
+        )
+    state = record.fields.get("JobState")
+    if state is not None and state not in OVER:
         raise InputError(
             run_dir,
             f"job {job.job} of this run is {state.lower()}",

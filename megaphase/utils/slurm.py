@@ -7,11 +7,22 @@ import re
 import shlex
 import shutil
 import subprocess
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from megaphase.utils.errors import InputError, RunError
 
+# In a job, where nobody is there to give a command again, it is repeated for so long while the
+# controller does not answer.
+RETRY_SECONDS, RETRY_EVERY_SECONDS = 300.0, 15.0
+_NOT_REACHED = re.compile(
+    "unable to contact|connect failure|connection refused|no route to host|temporarily unable", re.I
+)
+_NO_ANSWER = re.compile(
+    f"{_NOT_REACHED.pattern}|timed out|zero bytes|connection reset|not connected", re.I
+)
 _OPTION = re.compile(r"--([a-z-]+)(?:=.*)?", re.DOTALL)
 
 
@@ -61,9 +72,8 @@ def submit(script: str, options: Sequence[str] = ()) -> str:
         for name, value in os.environ.items()
         if not name.startswith("SLURM_") or name == "SLURM_CONF"
     }
-    result = subprocess.run(
-        command, input=script, env=environment, capture_output=True, text=True, check=False
-    )
+    # A request that was sent may have been met, and a second one would be a second job.
+    result = _run(command, again=_NOT_REACHED, input=script, env=environment)
     if result.returncode:
         raise RunError(f"sbatch refused the job: {' '.join(result.stderr.split())}")
     return result.stdout.strip().split(";")[0]
@@ -81,29 +91,26 @@ class JobRecord:
     Attributes:
         fields: the fields of `scontrol show job` by name; empty if there are none.
         unknown: why there are none, else None.
+    answered: whether Slurm has answered, if there is one.
     """
 
     fields: dict[str, str] = field(default_factory=dict)
     unknown: str | None = None
+    answered: bool = True
 
 
 def look_up(job: str) -> JobRecord:
     """Query a job; for an array, its first task."""
     try:
-        found = subprocess.run(
-            ["scontrol", "show", "job", "--oneliner", job],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        found = _run(["scontrol", "show", "job", "--oneliner", job])
     except OSError:
         return JobRecord(unknown="there is no Slurm on this machine")
     if found.returncode:
         reason = " ".join(found.stderr.split())
         gone = "Invalid job id" in reason
-        return JobRecord(
-            unknown="no longer known to Slurm" if gone else f"Slurm does not answer ({reason})"
-        )
+        if gone:
+            return JobRecord(unknown="no longer known to Slurm")
+        return JobRecord(unknown=f"Slurm does not answer ({reason})", answered=False)
     line = found.stdout.partition("\n")[0]
     # Values may contain spaces; names do not, and begin with a capital. Text written by users, such
     # as a comment, comes last: of two fields with the same name, the first is Slurm's.
@@ -139,7 +146,7 @@ def queued_jobs(jobs: Collection[str]) -> set[str]:
 
 def control(*arguments: str) -> str | None:
     """Call scontrol; return why it refused, or None."""
-    result = subprocess.run(["scontrol", *arguments], capture_output=True, text=True, check=False)
+    result = _run(["scontrol", *arguments])
     return " ".join((result.stderr or result.stdout).split()) if result.returncode else None
 
 
@@ -161,7 +168,23 @@ def _lines(*command: str) -> list[str]:
     Raises:
         RunError: it failed.
     """
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = _run(command)
     if done.returncode:
         raise RunError(f"{command[0]}: {' '.join(done.stderr.split())}")
     return done.stdout.splitlines()
+
+
+def _run(
+    command: Sequence[str], again: re.Pattern[str] = _NO_ANSWER, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run a command of Slurm; in a job, repeat it while it says that it was not answered.
+
+    again: what it says then. options: of subprocess.run.
+    """
+    until = time.monotonic() + (RETRY_SECONDS if "SLURM_JOB_ID" in os.environ else 0.0)
+    while True:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+        said = done.stderr + done.stdout
+        if done.returncode == 0 or not again.search(said) or time.monotonic() >= until:
+            return done
+        time.sleep(RETRY_EVERY_SECONDS)

@@ -1,0 +1,86 @@
+"""What is made of a Slurm that does not answer, for which scripts stand in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megaphase.launch.slurm.job_file import JOB_FILE, refuse_second_job, remember_job
+from megaphase.utils import slurm
+from megaphase.utils.errors import RunError
+
+TIMED_OUT = "slurm_load_jobs error: Socket timed out on send/recv operation"
+NOT_REACHED = "sbatch: error: Unable to contact slurm controller (connect failure)"
+
+
+@pytest.fixture
+def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the file to which every call of a command of Slurm adds a line."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setattr(slurm, "RETRY_EVERY_SECONDS", 0.01)
+    return tmp_path / "calls"
+
+
+def answers(calls: Path, command: str, said: str, *, until: int, then: str = "") -> None:
+    """Let a command fail with what it says, until its call of this number, counted from 1."""
+    script = calls.parent / command
+    script.write_text(
+        f"#!/bin/bash\necho {command} >> {calls}\n"
+        f'(($(wc -l < {calls}) < {until})) && echo "{said}" >&2 && exit 1\necho "{then}"\n'
+    )
+    script.chmod(0o755)
+
+
+def test_a_job_asks_again_until_it_is_answered(
+    calls: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    answers(calls, "squeue", TIMED_OUT, until=3, then="17")
+    assert slurm.queued_jobs({"17", "18"}) == {"17"}
+    calls.unlink()
+    answers(calls, "scontrol", TIMED_OUT, until=3)
+    assert slurm.control("requeue", "7") is None
+    assert len(calls.read_text().split()) == 3
+    calls.unlink()
+    answers(calls, "sbatch", NOT_REACHED, until=3, then="19")
+    assert slurm.submit("#!/bin/bash\n") == "19"
+
+
+def test_what_is_refused_is_not_asked_again(calls: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    answers(calls, "scontrol", "Requested operation not supported on this system", until=9)
+    assert slurm.control("requeue", "7") == "Requested operation not supported on this system"
+    # It may have been submitted.
+    answers(calls, "sbatch", TIMED_OUT, until=9)
+    with pytest.raises(RunError, match="Socket timed out"):
+        slurm.submit("#!/bin/bash\n")
+    assert calls.read_text().split() == ["scontrol", "sbatch"]
+
+
+def test_outside_of_jobs_and_after_some_minutes_the_error_is_told(
+    calls: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers(calls, "squeue", TIMED_OUT, until=9)
+    with pytest.raises(RunError, match="Socket timed out"):
+        slurm.queued_jobs({"17"})
+    assert calls.read_text().split() == ["squeue"]
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(slurm, "RETRY_SECONDS", 0.0)
+    with pytest.raises(RunError, match="Socket timed out"):
+        slurm.queued_jobs({"17"})
+
+
+def test_a_job_of_which_nothing_is_known_may_be_in_the_queue(calls: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    refuse_second_job(run_dir)
+    record = remember_job(run_dir, "17", tmp_path / "17.log")
+    answers(calls, "scontrol", TIMED_OUT, until=2, then="JobId=17 JobState=COMPLETED")
+    with pytest.raises(RunError) as caught:
+        refuse_second_job(run_dir)
+    assert str(caught.value) == (
+        f"{run_dir}: Slurm does not answer ({TIMED_OUT}), so job {record.job} of this run may be "
+        f"in the queue; try again, or, if it has ended, remove {run_dir / 'slurm' / JOB_FILE}"
+    )
+    refuse_second_job(run_dir)
