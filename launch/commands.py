@@ -337,7 +337,8 @@ def next_command(
     config = load_run_file(run_file, tuple(overrides or ()))
     output, end = config.output, config.checkpoint.end_after
     job = os.environ.get("SLURM_JOB_ID", "")
-    history = read_restart_history(output, job).after_start(newest_step(output))
+    newest = newest_step(output)
+    history = read_restart_history(output, job, newest).after_start(newest)
     write_restart_history(output, history)
     bad = ",".join(bad_nodes.split())
     if bad and not exclude:

@@ -80,13 +80,17 @@ def decide(
     return RequeueDecision(True, f"{what}; {reached}; requeued", EXIT_REQUEUE)
 
 
-def read_restart_history(run_dir: Path, job: str) -> RestartHistory:
-    """Return the history of this job; if another one was before it, only its last step."""
+def read_restart_history(run_dir: Path, job: str, newest: int) -> RestartHistory:
+    """Return the history of this job; if another one was before it, only its last step.
+
+    newest: step of the newest checkpoint now. If it is lower, the user has removed later ones
+        before this job, and steps from there on are progress.
+    """
     try:
         history = RestartHistory(**read_json(run_dir / FOLDER / CHAIN_FILE))
     except (OSError, ValueError, TypeError):
         history = RestartHistory(job)
-    return history if history.job == job else RestartHistory(job, history.step)
+    return history if history.job == job else RestartHistory(job, min(history.step, newest))
 
 
 def write_restart_history(run_dir: Path, history: RestartHistory) -> None:

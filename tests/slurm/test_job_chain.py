@@ -87,10 +87,22 @@ def test_what_is_said() -> None:
 
 
 def test_a_chain_is_remembered_and_another_job_begins_anew(tmp_path: Path) -> None:
-    assert read_restart_history(tmp_path, "7") == RestartHistory("7")
+    assert read_restart_history(tmp_path, "7", 0) == RestartHistory("7")
     write_restart_history(tmp_path, RestartHistory("7", step=8, without_progress=2))
-    assert read_restart_history(tmp_path, "7") == RestartHistory("7", step=8, without_progress=2)
-    assert read_restart_history(tmp_path, "9") == RestartHistory("9", step=8)
+    assert read_restart_history(tmp_path, "7", 4) == RestartHistory("7", 8, without_progress=2)
+    assert read_restart_history(tmp_path, "9", 8) == RestartHistory("9", step=8)
+    assert read_restart_history(tmp_path, "9", 12) == RestartHistory("9", step=8)
+
+
+def test_a_job_after_a_roll_back_makes_progress_below_the_removed_checkpoints(
+    tmp_path: Path,
+) -> None:
+    write_restart_history(tmp_path, RestartHistory("7", step=80))
+    for step in (50, 52, 54, 56, 58):
+        chain = read_restart_history(tmp_path, "9", step).after_start(step)
+        write_restart_history(tmp_path, chain)
+        assert decide(chain, 1, 1).again
+    assert chain == RestartHistory("9", step=58)
 
 
 def test_the_newest_checkpoint_is_a_whole_one(tmp_path: Path) -> None:
