@@ -31,10 +31,7 @@ from megaphase.sweep.trial_run import (
 from megaphase.sweep.trials import Trial, all_trials
 from megaphase.utils.errors import (
     EXIT_FAILED,
-    EXIT_REQUEUE,
-    EXIT_WRONG_INPUT,
     EndedAtOnce,
-    InputError,
     Stopped,
 )
 from megaphase.utils.files import os_errors_named
@@ -139,11 +136,10 @@ def run_locally(
     """Train all runs that have not ended yet; returns the outcomes of all that have ended or were
     pruned.
 
-    A run that fails or diverges is recorded and left out; the others continue. The caller holds the
-    lock of the directory.
+    A run that fails, diverges or is stopped by a signal of its own is recorded and left out; the
+    others continue. The caller holds the lock of the directory.
 
     Raises:
-        InputError: a run's input is invalid; concurrent runs are killed.
         Stopped: a signal arrived, and the runs have saved.
         EndedAtOnce: a second Ctrl-C arrived, and the runs were killed.
     """
@@ -266,13 +262,9 @@ class _Runner:
             self._display.drop(job.trial)
             self._collect(lambda trial: None)
             return
-        if code == EXIT_REQUEUE or (self._received and (code != 0 or job.commands)):
-            if not self._received:
-                raise Stopped(f"{self._directory.log(name)}: the run was stopped by a signal")
+        if self._received and (code != 0 or job.commands):
             self._display.drop(job.trial)
             return
-        if code == EXIT_WRONG_INPUT:
-            raise InputError(self._directory.run_file(name), last_line(self._directory.log(name)))
         diverged = code in (0, EXIT_FAILED) and has_diverged(self._directory, job.trial)
         if diverged or (code == 0 and has_ended(self._directory, job.trial)):
             outcome = read_outcome(self._sweep, self._directory, job.trial)

@@ -226,6 +226,29 @@ def overridden_start(
     return warm_start([*command[:2], override, *command[2:]], log, environment)
 
 
+@pytest.mark.parametrize(
+    ("code", "said"), [(2, "run.yaml: the input is wrong"), (75, "SIGTERM came to rank 0: saved")]
+)
+def test_a_run_that_ends_by_itself_does_not_end_the_others(
+    code: int, said: str, corpora: Path, tmp_path: Path
+) -> None:
+    path = write(tmp_path, settings(corpora, arms={"static": {"rates": [0.2, 0.3]}}, steps=3))
+    _, _, outcomes = run_warm(path, start=partial(ending_start, code, said))
+    assert outcomes[STATIC].failed == said
+    assert outcomes["static-r0.3-p0.01-s11"].failed is None
+
+
+def ending_start(
+    code: int, said: str, command: Sequence[str], log: Path, environment: Mapping[str, str]
+) -> Any:
+    """Let one of the runs end at once with this exit code."""
+    if not any("static-r0.2" in each for each in command):
+        return warm_start(command, log, environment)
+    with open(log, "a") as output:
+        argv = ["bash", "-c", f"echo 'megaphase: {said}'; exit {code}"]
+        return subprocess.Popen(argv, stdout=output, start_new_session=True)
+
+
 def killed_start(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Any:
     code = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
     return subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
