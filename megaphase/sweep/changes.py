@@ -164,6 +164,15 @@ def differences(before: Any, after: Any, key: str = "") -> Iterator[str]:
         for word, values, others in (("added", after, before), ("removed", before, after)):
             if found := [str(value) for value in values if value not in others]:
                 yield f"{key}: {word} {', '.join(found)}"
+    elif _are_mappings(before, after):
+        for number in range(max(len(before), len(after))):
+            where = f"{key}[{number}]"
+            if number >= len(before):
+                yield f"{where}: added"
+            elif number >= len(after):
+                yield f"{where}: removed"
+            else:
+                yield from differences(before[number], after[number], where)
     elif before != after:
         values = f"{_shown(before)} to{_shown(after)}" if _shown(before) and _shown(after) else ""
         yield f"{key}: changed{values}"
@@ -172,6 +181,13 @@ def differences(before: Any, after: Any, key: str = "") -> Iterator[str]:
 def _are_scalars(*lists: Any) -> bool:
     return not any(isinstance(values, str) for values in lists) and not any(
         isinstance(value, (Mapping, list)) for values in lists for value in values
+    )
+
+
+def _are_mappings(*lists: Any) -> bool:
+    return all(
+        isinstance(values, list) and all(isinstance(value, Mapping) for value in values)
+        for values in lists
     )
 
 

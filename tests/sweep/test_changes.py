@@ -145,9 +145,24 @@ def test_differences_of_other_values():
     after = {"tokens": 200, "phases": [{"share": 0.2}], "settings": {}}
     assert list(differences(before, after)) == [
         "tokens: changed 100 to 200",
-        "phases: changed",
+        "phases[0].share: changed 0.1 to 0.2",
         "settings.model.dropout: removed",
     ]
+
+
+def test_each_change_of_a_phase_is_recorded(tmp_path):
+    folder, changed = tmp_path / "sweep", []
+    for rates in ([0.2], [0.2, 0.3], [0.2, 0.3, 0.4]):
+        phases = [{"share": 0.6, "rate": 0}, {"rate": rates}]
+        directory = prepare(folder, {"a": {"phases": phases}})
+        end_runs(directory, "first")
+        changed += [] if len(rates) == 1 else [f"arms.a.phases[1].rate: added {rates[-1]}"]
+    prepare(
+        folder,
+        {"a": {"phases": [{"share": 0.6, "rate": 0}, {"share": 0.2, "rate": 0.1}, {"rate": 0.4}]}},
+    )
+    assert told(folder)[:2] == [(1, [line]) for line in changed]
+    assert "arms.a.phases[2]: added" in told(folder)[2][1]
 
 
 def test_records_without_files_have_no_changes():
