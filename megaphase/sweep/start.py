@@ -80,6 +80,10 @@ def checked_sweep(path: Path) -> tuple[Sweep, SweepDirectory]:
     check_run_files(found, trials)
     check_demands(found, trials)
     directory = SweepDirectory(found.output)
+    # Before the outcomes, which lack losses of added tasks; runs without a source are always known.
+    for trial in trials:
+        if trial.source is None:
+            directory.check_run_file(found, trial)
     outcomes = directory.known_outcomes(found)
     refuse_other_measurements(directory.path, directory.sweep_file, found, outcomes.values())
     for trial in known_trials(found, outcomes):

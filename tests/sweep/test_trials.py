@@ -327,6 +327,20 @@ def test_runs_of_other_settings_are_refused(corpora: Path, tmp_path: Path) -> No
     assert directory.sweep_file.read_text() == before
 
 
+def test_an_added_task_is_refused_by_its_key_and_no_result_is_blamed(
+    corpora: Path, tmp_path: Path
+) -> None:
+    path = write(tmp_path, settings(corpora, high=[HIGH[0]]))
+    sweep, directory = open_sweep(path)
+    for trial in known_trials(sweep, {}):
+        directory.write_run_file(sweep, trial)
+        losses = dict.fromkeys([*sweep.high, *sweep.low], 3.0)
+        directory.write_outcome(trial.name, Outcome(step=1, losses=losses))
+    write(tmp_path, settings(corpora, high=list(HIGH)))
+    with pytest.raises(InputError, match=rf"with other values of tasks\.{HIGH[1]}"):
+        open_sweep(path)
+
+
 def test_a_moved_sweep_is_refused_with_the_keys_that_have_paths(
     corpora: Path, tmp_path: Path
 ) -> None:
