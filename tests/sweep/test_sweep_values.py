@@ -46,6 +46,15 @@ def test_a_warm_up_is_the_decimal_number_that_was_written(tmp_path):
     assert trial.run["phases"][0]["learning_rate"]["warmup_steps"] == 58
 
 
+def test_a_list_that_is_one_value_of_the_run_file_is_one_in_a_phase_too(tmp_path):
+    phases = [{"rate": 0.1, "settings": {"optimizer.betas": [0.9, 0.99]}}]
+    (trial,) = trials(tmp_path, {"a": {"phases": phases}})
+    assert trial.run["optimizer"] == {"betas": [0.9, 0.99]}
+    phases[0]["settings"] = {"optimizer.betas": {"try": [[0.9, 0.95], [0.9, 0.99]]}}
+    first, _ = trials(tmp_path, {"a": {"phases": phases}})
+    assert first.setting.get("phases[0].settings.optimizer.betas") == "[0.9, 0.95]"
+
+
 def test_a_task_whose_rate_would_be_rounded_to_nothing(tmp_path):
     with pytest.raises(InputError, match=r"languages.yaml: arms: with 1e-06% .* rate below 1e-06"):
         trials(tmp_path, {"static": {"rates": [1e-8]}})

@@ -13,7 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import ValidationError
+from pydantic import ValidationError, create_model
 
 from megaphase.config.load import set_value
 from megaphase.config.run import RunConfig
@@ -40,6 +40,9 @@ JOINT, STATIC, RESTART, LOW_ONLY, KEEP = "joint", "static", "restart", "low-only
 _OF_PHASE = re.compile(r"phases\[(\d+|\*)\]\.((\w+).*)")
 # What a phase may change of the run file: the samples, the model and the validation stay the same.
 _OWN_SETTINGS = re.compile(r"(optimizer|faults)(\.|$)|model\.dropout$")
+
+# The schema of a phase's keys, with that of its settings.
+_TRIED = create_model("_TRIED", __base__=ArmPhase, settings=(RunConfig, ...))
 
 RawPhases = Sequence[dict[str, Any]]
 
@@ -156,7 +159,7 @@ class _Recipes:
                 )
             raw["learning_rate"] = {key: rate[key] for key in rate if key != "peak"}
         found = []
-        for axes, values in combinations(raw, ArmPhase, axis, where):
+        for axes, values in combinations(raw, _TRIED, axis, where):
             for peak in peaks:
                 rate = values["learning_rate"] | {"peak": peak}
                 self._checked(where, values | {"learning_rate": rate})
