@@ -15,6 +15,7 @@ from megaphase.utils.run_files import CHECKPOINTS
 from megaphase.utils.slurm import control, host_names, job_fields, partition_nodes
 
 CHAIN_FILE = "chain.json"
+ENDED_AFTER = "has ended the run; it can be resumed"
 _NONE = "(null)"
 _END_SECONDS = 60.0
 
@@ -63,7 +64,7 @@ def decide(
         it has ended the run before all phases are done.
     """
     if code == 0 and end_after is not None:
-        sentence = f"checkpoint.end_after: {end_after:,} has ended the run; it can be resumed"
+        sentence = f"checkpoint.end_after: {end_after:,} {ENDED_AFTER}"
         return RequeueDecision(False, sentence, 0)
     if code == 0:
         return RequeueDecision(False, "all phases are done", 0)

@@ -20,6 +20,7 @@ from rich.console import Console
 from megaphase.launch.slurm.job_file import (
     JOB_FILE,
     SubmittedJob,
+    forget_jobs,
     read_job,
     remember_job,
 )
@@ -30,6 +31,7 @@ from megaphase.launch.slurm.pipeline import (
     scripts,
     submit_pipeline,
 )
+from megaphase.launch.slurm.requeue import ENDED_AFTER
 from megaphase.sweep.directory import SweepDirectory, run_file_text
 from megaphase.sweep.display import SweepDisplay
 from megaphase.sweep.file import ClusterJobs
@@ -186,6 +188,10 @@ class SlurmSweep:
         if job is None:
             return None
         log = Path(job.log)
+        if ENDED_AFTER in "".join(_last_lines(log)[-1:]):
+            # To be compared by a rule of `prune` that has been changed since.
+            forget_jobs(self.directory.run(trial.name))
+            return None
         # If a user cancels jobs and runs the command again, they should resume. The job that
         # starts the next round does not resume them, so a job that always ends without output is
         # not resubmitted forever.

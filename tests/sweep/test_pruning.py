@@ -10,11 +10,15 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sweep_support import HIGH, LOW, sweep_of
+from rich.console import Console
+from sweep_support import HIGH, LOW, sweep_of, write_run
 
+from megaphase.launch.slurm.job_file import read_job, remember_job
+from megaphase.sweep.directory import SweepDirectory
 from megaphase.sweep.outcome import Outcome
 from megaphase.sweep.planning.pruning import comparison_steps, sweep_state
 from megaphase.sweep.planning.ranking import by_fronts, by_loss
+from megaphase.sweep.slurm import SlurmSweep
 from megaphase.sweep.sweep import Sweep
 from megaphase.sweep.trials import Trial, all_trials, known_trials
 from megaphase.utils.errors import InputError
@@ -260,3 +264,32 @@ def test_a_failed_run_that_is_retried_is_compared_again() -> None:
     ]
     rungs[names[PEAKS[2]]] = {15: flat[PEAKS[2]]}
     assert sweep_state(sweep, {}, rungs).outcomes[names[PEAKS[0]]].pruned == "after step 15 of 60"
+
+
+def test_runs_that_were_paused_on_a_cluster_go_on_when_nothing_is_pruned_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "squeue").write_text("#!/bin/sh\n")  # an empty queue
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    cluster = {"gpus_per_node": 0}
+    sweep = sweep_of(tmp_path / "sweep", {"static": {"rates": [0.1, 0.2]}}, slurm=cluster)
+    directory = SweepDirectory(sweep.output)
+    directory.prepare(sweep)
+    paused, failed = all_trials(sweep)[:2]
+    for trial, said in (
+        (paused, "job 5_0: checkpoint.end_after: 30 has ended the run; it can be resumed"),
+        (failed, "job 5_1: failed with exit code 1; not requeued"),
+    ):
+        write_run(directory, trial, None)
+        log = tmp_path / f"{trial.name}.log"
+        log.write_text(f"2026 start 1 of job 5\nmegaphase: {said}\n")
+        remember_job(directory.run(trial.name), "5", log)
+    assert sweep.config.slurm is not None
+    console = Console(quiet=True)
+    state = SlurmSweep(sweep, directory, sweep.config.slurm, None, console)._collect_results()
+    assert {name: each.failed for name, each in state.outcomes.items()} == {
+        failed.name: "job 5_1: failed with exit code 1; not requeued"
+    }
+    assert paused.name in {pending.trial.name for pending in state.pending_runs}
+    assert read_job(directory.run(paused.name)) is None
