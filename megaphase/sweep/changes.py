@@ -129,6 +129,24 @@ def refuse_other_measurements(
         )
 
 
+def refuse_other_inputs(sweep_file: Path, sweep: Sweep, outcomes: Collection[Outcome]) -> None:
+    """Refuse a tokenizer or corpora with another content, once runs have ended with what was there.
+
+    sweep_file, outcomes: as above.
+
+    Raises:
+        InputError: names the first of them.
+    """
+    before = _stored(sweep_file) if outcomes and sweep_file.exists() else None
+    for what, fingerprint in ({} if before is None else before.inputs).items():
+        if sweep.inputs.get(what, fingerprint) != fingerprint:
+            raise InputError(
+                sweep.file,
+                f"{what} is not the one with which runs have ended",
+                "put that back, or choose another output",
+            )
+
+
 def _measured_by(sweep: Sweep | None) -> dict[str, dict[str, Any]]:
     if sweep is None:
         return {}

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megaphase.launch.slurm.job_file import refuse_second_job
-from megaphase.sweep.changes import refuse_other_measurements
+from megaphase.sweep.changes import refuse_other_inputs, refuse_other_measurements
 from megaphase.sweep.directory import SweepDirectory
 from megaphase.sweep.display import SweepDisplay
 from megaphase.sweep.local import Machine, run_locally, starter
@@ -85,6 +85,7 @@ def checked_sweep(path: Path) -> tuple[Sweep, SweepDirectory]:
         if trial.source is None:
             directory.check_run_file(found, trial)
     outcomes = directory.known_outcomes(found)
+    refuse_other_inputs(directory.sweep_file, found, outcomes.values())
     refuse_other_measurements(directory.path, directory.sweep_file, found, outcomes.values())
     for trial in known_trials(found, outcomes):
         directory.check_run_file(found, trial)

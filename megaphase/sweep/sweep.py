@@ -42,6 +42,8 @@ class Sweep(BaseModel):
         output: the sweep's directory.
         high, low: the tasks of the two groups.
         tokens: training tokens of an epoch by task.
+        inputs: fingerprints of the tokenizer and the corpora, by what they are; empty in the
+            records of earlier versions.
         steps: optimizer steps of every run, over all of its phases.
         test_samples: of every task in the test split; None if there is none.
         warnings: sentences for the user, also in reports.
@@ -56,6 +58,7 @@ class Sweep(BaseModel):
     high: list[str]
     low: list[str]
     tokens: dict[str, int]
+    inputs: dict[str, str] = {}
     steps: int
     test_samples: int | None = None
     warnings: list[str] = []
@@ -134,7 +137,9 @@ def load_sweep(path: Path) -> Sweep:
             f"{path}: translation", "there is no translation task", "leave it out, or add one"
         )
     corpora = verified_corpora(probe)
-    spec = plan_spec(probe, Tokenizer.load(probe.tokenizer), corpora=corpora)
+    tokenizer = Tokenizer.load(probe.tokenizer)
+    spec = plan_spec(probe, tokenizer, corpora=corpora)
+    inputs = {f"the corpus of {t}": corpora[probe.corpus(t)].fingerprint for t in probe.tasks}
     test_samples = probe.test.samples if probe.tested_tasks() else None
     batch, samples = probe.phase_batch(0), -(-(config.tokens or 0) // probe.model.seq_len)
     steps = config.steps or batch.schedule(0).steps_for(samples)
@@ -146,6 +151,7 @@ def load_sweep(path: Path) -> Sweep:
         high=high,
         low=low,
         tokens={task: stream.tokens for task, stream in spec.streams.items()},
+        inputs={"the tokenizer": tokenizer.fingerprint, **inputs},
         steps=steps,
         test_samples=test_samples,
         warnings=check_test_split(path, probe, spec.test, low),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -339,6 +341,33 @@ def test_an_added_task_is_refused_by_its_key_and_no_result_is_blamed(
     write(tmp_path, settings(corpora, high=list(HIGH)))
     with pytest.raises(InputError, match=rf"with other values of tasks\.{HIGH[1]}"):
         open_sweep(path)
+
+
+def test_other_text_under_the_same_name_is_refused_once_a_run_has_ended(
+    corpora: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(corpora, own := tmp_path / "corpora")
+    path = write(tmp_path, settings(own))
+    open_sweep(path)
+    for file in own.glob(f"data/{HIGH[1]}.*"):
+        shutil.copy(file, own / "data" / f"{LOW[0]}{file.suffix}")
+    sweep, directory = open_sweep(path)  # no run has ended yet
+    (trial, *_) = known_trials(sweep, {})
+    directory.write_outcome(trial.name, invented(trial, 1e-2))
+    open_sweep(path)
+    for file in own.glob(f"data/{HIGH[0]}.*"):
+        shutil.copy(file, own / "data" / f"{LOW[0]}{file.suffix}")
+    with pytest.raises(InputError) as caught:
+        open_sweep(path)
+    assert str(caught.value) == (
+        f"{path}: the corpus of {LOW[0]} is not the one with which runs have ended; put that back, "
+        "or choose another output"
+    )
+    content = directory.sweep_file.read_text()
+    record = json.loads(content)
+    assert record.pop("inputs")["the tokenizer"]
+    directory.sweep_file.write_text(json.dumps(record))  # as earlier versions wrote it
+    open_sweep(path)
 
 
 def test_a_moved_sweep_is_refused_with_the_keys_that_have_paths(
