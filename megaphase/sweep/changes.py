@@ -177,7 +177,7 @@ def differences(before: Any, after: Any, key: str = "") -> Iterator[str]:
             else:
                 yield from differences(before[name], after[name], where)
     elif (
-        isinstance(before, Sequence) and isinstance(after, Sequence) and _are_scalars(before, after)
+        isinstance(before, Sequence) and isinstance(after, Sequence) and _are_values(before, after)
     ):
         for word, values, others in (("added", after, before), ("removed", before, after)):
             if found := [str(value) for value in values if value not in others]:
@@ -196,9 +196,9 @@ def differences(before: Any, after: Any, key: str = "") -> Iterator[str]:
         yield f"{key}: changed{values}"
 
 
-def _are_scalars(*lists: Any) -> bool:
+def _are_values(*lists: Any) -> bool:
     return not any(isinstance(values, str) for values in lists) and not any(
-        isinstance(value, (Mapping, list)) for values in lists for value in values
+        isinstance(value, Mapping) for values in lists for value in values
     )
 
 

@@ -142,11 +142,14 @@ def test_an_altered_record_is_refused(tmp_path):
 
 def test_differences_of_other_values():
     before = {"tokens": 100, "phases": [{"share": 0.1}], "settings": {"model.dropout": 0.1}}
+    before["betas"] = {"try": [[0.9, 0.95]]}
     after = {"tokens": 200, "phases": [{"share": 0.2}], "settings": {}}
+    after["betas"] = {"try": [[0.9, 0.95], [0.9, 0.99]]}
     assert list(differences(before, after)) == [
         "tokens: changed 100 to 200",
         "phases[0].share: changed 0.1 to 0.2",
         "settings.model.dropout: removed",
+        "betas.try: added [0.9, 0.99]",
     ]
 
 
