@@ -91,7 +91,7 @@ class JobRecord:
     Attributes:
         fields: the fields of `scontrol show job` by name; empty if there are none.
         unknown: why there are none, else None.
-    answered: whether Slurm has answered, if there is one.
+        answered: whether Slurm has answered, if there is one.
     """
 
     fields: dict[str, str] = field(default_factory=dict)
