@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megaphase.data_tools.synthetic.languages import DEFAULT_LANGUAGES, write_languages
@@ -112,9 +112,12 @@ def run_demo(folder: Path) -> None:
     run_file, sweep_file = folder / "run.yaml", folder / "comparison.yaml"
     atomic_write_text(run_file, RUN_FILE.format(tasks=tasks, high=", ".join(high)))
     atomic_write_text(sweep_file, SWEEP_FILE)
+    devices = _devices()
+    if devices:
+        console.print(f"It runs on the CPU: {PROCESSES} processes need as many GPUs, or none.")
     for command in _commands(folder, texts, run_file, sweep_file):
         console.print(f"\n$ megaphase {shlex.join(command)}", style="bold cyan", soft_wrap=True)
-        code, stopped_by = _run(command)
+        code, stopped_by = _run(command, devices)
         if stopped_by is not None:
             raise Stopped(
                 f"{stopped_by} came: the demo ends with this command; run it and those that follow "
@@ -132,7 +135,14 @@ def run_demo(folder: Path) -> None:
     )
 
 
-def _run(command: Sequence[str]) -> tuple[int, str | None]:
+def _devices() -> dict[str, str]:
+    """Return the environment variables with which each process has a GPU of its own, or none."""
+    import torch
+
+    return {"CUDA_VISIBLE_DEVICES": ""} if 0 < torch.cuda.device_count() < PROCESSES else {}
+
+
+def _run(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int, str | None]:
     """Run a command and forward signals to it; return its exit code and the first signal's name.
 
     A terminal sends Ctrl-C to both processes, and the command handles it itself.
@@ -142,7 +152,7 @@ def _run(command: Sequence[str]) -> tuple[int, str | None]:
         with signals_blocked():
             process = subprocess.Popen(
                 python_command("megaphase", *command),
-                env=os.environ | ends_with_this_process(),
+                env={**os.environ, **environment, **ends_with_this_process()},
             )
         while process.poll() is None:
             while received:

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from data_support import LIMIT_SECONDS, wait_until
 
+from megaphase.launch import demo
+
 # Its command saves, like a training, and reports it.
 DEMO = """
 import sys
@@ -41,6 +43,12 @@ def app():
 cli.app = app
 cli.main()
 """
+
+
+@pytest.mark.parametrize("found", [0, 1, 2, 8])
+def test_a_single_gpu_is_left_aside(found, monkeypatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: found)
+    assert demo._devices() == ({"CUDA_VISIBLE_DEVICES": ""} if found == 1 else {})
 
 
 @pytest.mark.parametrize(
