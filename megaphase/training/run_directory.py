@@ -89,12 +89,19 @@ class RunDirectory:
                 "has ended, or choose another output"
             )
 
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(exclusive_lock(self.lock, refuse))
-            except OSError as error:
-                raise file_fault(self.path, error, "", "cannot be written", where=where) from None
-            yield
+        is_new = not self.path.exists()
+        try:
+            with contextlib.ExitStack() as stack:
+                try:
+                    stack.enter_context(exclusive_lock(self.lock, refuse))
+                except OSError as error:
+                    problem = "cannot be written"
+                    raise file_fault(self.path, error, "", problem, where=where) from None
+                yield
+        finally:
+            if is_new:
+                with contextlib.suppress(OSError):
+                    self.path.rmdir()  # if the start was refused, nothing is in it
 
     def refuse_other_run(self, config: RunConfig) -> None:
         """Raise InputError, naming the first key, where another run file began this directory."""

@@ -218,7 +218,10 @@ def kill_before_claim() -> None:
     """In a run's process: end it before it reports that it has started."""
     from megaphase.training.run_directory import RunDirectory
 
-    RunDirectory.claim = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+    def claim(*_: object, record: bool) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    RunDirectory.claim = claim  # type: ignore[assignment]
 
 
 def test_a_branch_that_is_killed_before_it_has_a_run_file_is_still_a_branch(
