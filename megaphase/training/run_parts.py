@@ -26,9 +26,7 @@ from megaphase.model.shape import GPTShape
 from megaphase.plan.background_check import BackgroundCheck
 from megaphase.plan.batch_layout import check_remaining_batches
 from megaphase.plan.branch import choose_branch
-from megaphase.plan.build import remove_other_indices
 from megaphase.plan.preview import bos_sentences
-from megaphase.plan.same_run import plan_of_run
 from megaphase.training.checkpointer import Checkpointer, checkpoint_facts
 from megaphase.training.engine import Engine
 from megaphase.training.evaluator import HeldOutEvaluator, Losses
@@ -51,6 +49,7 @@ from megaphase.training.run_benchmarks import RunBenchmarks
 from megaphase.training.run_directory import RunDirectory
 from megaphase.training.startup import (
     check_inputs,
+    claim_directory,
     open_plan,
     run_description,
     say_on_first_rank,
@@ -125,13 +124,7 @@ class RunParts:
         if self.checkpoint is not None:
             refuse_diverged(self.divergence, self.checkpoint)
         trains = not self.has_nothing_to_do()
-        on_first_rank(lambda: self._claim_directory(trains=trains))
-
-    def _claim_directory(self, *, trains: bool) -> None:
-        begins = plan_of_run(self.directory.path) is None
-        self.directory.claim(self.config, self.plan.summary(), record=trains)
-        if begins:
-            remove_other_indices(self.plan.folder, self.say)
+        on_first_rank(lambda: claim_directory(config, self.plan, self.say, trains=trains))
 
     def is_done(self) -> bool:
         """Whether all phases are done."""

@@ -25,12 +25,13 @@ from megaphase.model.presets import phase_shapes
 from megaphase.model.shape import GPTShape
 from megaphase.plan.batch_layout import check_batches, check_batches_beforehand
 from megaphase.plan.branch import Branch
-from megaphase.plan.build import plan_folder
+from megaphase.plan.build import plan_folder, remove_other_indices
 from megaphase.plan.corpus_counts import CorpusCounts
 from megaphase.plan.held_out_noise import held_out_warnings
 from megaphase.plan.load_plan import build_plan
 from megaphase.plan.plan import Headers, Plan
 from megaphase.plan.preview import plan_warnings
+from megaphase.plan.same_run import plan_of_run
 from megaphase.plan.spec import PlanSpec, plan_spec
 from megaphase.tokenizer import Tokenizer
 from megaphase.tokenizer.deferred_backend import TokenizerFacts
@@ -190,6 +191,23 @@ def open_plan(
 
     folder, headers = on_first_rank(build)
     return own[0] if own else Plan(spec, folder, headers)
+
+
+def claim_directory(
+    config: RunConfig, plan: Plan, say: Callable[[str], None], *, trains: bool
+) -> None:
+    """Write down the run file and the plan; where the run begins, remove indices of other plans.
+
+    trains: whether steps are left to train; otherwise nothing is written down.
+
+    Raises:
+        InputError: as RunDirectory.claim.
+    """
+    directory = RunDirectory(config.output)
+    begins = plan_of_run(directory.path) is None
+    directory.claim(config, plan.summary(), record=trains)
+    if begins:
+        remove_other_indices(plan.folder, say)
 
 
 def run_description(

@@ -328,14 +328,11 @@ def test_a_question_can_be_interrupted(here, number, name, code):
     assert f"megaphase: stopped by {name}" in said.decode()
 
 
-def test_a_file_in_place_of_the_run_directory_is_named(here):
-    (here / "runs").write_text("")
-    try:
-        with pytest.raises(InputError, match="runs is no folder; give a folder for the run"):
-            init("run.yaml", "--corpus", "many/en", *GIVEN)
-    finally:
-        (here / "runs").unlink()
-    assert not (here / "run.yaml").exists()
+def test_a_file_in_place_of_the_run_directory_is_named(here, tmp_path):
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(InputError, match="runs is no folder; give a folder for the run"):
+        init(tmp_path / "run.yaml", "--corpus", "many/en", *GIVEN)
+    assert not (tmp_path / "run.yaml").exists()
 
 
 def test_a_file_that_cannot_be_read_ends_no_search_for_the_tokenizer(here, monkeypatch):

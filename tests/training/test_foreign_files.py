@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +28,7 @@ from megaphase.checkpoint.names import find_in_run, newest_state
 from megaphase.checkpoint.state import checkpoint_folders, full_name, step_of
 from megaphase.corpus import Corpus
 from megaphase.plan.build import ensure_built, plan_folder
-from megaphase.training.startup import open_plan
+from megaphase.training.startup import claim_directory, open_plan
 from megaphase.utils.errors import InputError
 from megaphase.utils.locks import exclusive_lock
 
@@ -231,7 +230,11 @@ def test_indices_of_other_plans_are_removed_when_a_run_begins(tmp_path: Path) ->
     config, _ = write_three_tasks(tmp_path)
     plans, said = config.output / "plan", list[str]()
     old, foreign = plans / "0123456789abcdef", plans / "00112233445566ff"
-    begin = partial(open_plan, config, spec_of(config), None, said.append, Console(quiet=True))
+
+    def begin() -> None:
+        plan = open_plan(config, spec_of(config), None, said.append, Console(quiet=True))
+        claim_directory(config, plan, said.append, trains=True)
+
     ensure_built(spec_of(config), config.output).rename(old)
     for folder in (foreign, plans / "documents-0123456789abcdef"):
         folder.mkdir()

@@ -126,9 +126,9 @@ def prepare_run(factors: dict[int, float]) -> None:
     train_step, forward = Engine.train_step, Engine._forward
     now = [0]
 
-    def noting_step(engine, batch, learning_rate, step):
+    def noting_step(engine, batch, learning_rate, step, progress):
         now[0] = step
-        result = train_step(engine, batch, learning_rate, step)
+        result = train_step(engine, batch, learning_rate, step, progress)
         now[0] = 0
         return result
 
