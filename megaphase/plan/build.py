@@ -157,14 +157,14 @@ def build_index(
                 starts = _starts_beside(aside, spec, blends, used)
             if starts is not None:
                 left = _blend_bytes(spec, [blend.phase for blend in blends])
-                _require_space(spec, folder, left + starts.bytes)
+                _require_space(spec, folder, left + starts.written_bytes)
             _write(aside, blends, starts, pool, files)
             for blend in blends:
                 phases.append(blend.index(used))
                 used = _after(spec, blend.number, used, blend.blend.counts)
         if starts is None:
             starts = StartsFile(aside, spec, used)
-            _require_space(spec, folder, starts.bytes)
+            _require_space(spec, folder, starts.written_bytes)
             _write(aside, [], starts, pool, files)
         header = {
             "format": FORMAT_VERSION,

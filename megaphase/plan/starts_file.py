@@ -33,7 +33,7 @@ class StartsFile:
     Attributes:
         regions: for every task, the first byte and the number of samples.
         rows: the number of samples that are written.
-        bytes: their size.
+        written_bytes: the size of these samples, without the gaps of the file.
     """
 
     def __init__(self, folder: Path, spec: PlanSpec, used: Sequence[StreamPosition]) -> None:
@@ -60,7 +60,7 @@ class StartsFile:
         self.regions = [[first, n] for first, n in zip(first_bytes, samples, strict=True)]
         self.rows = sum(self._to_write)
         rows_of = zip(self._streams, self._to_write, strict=True)
-        self.bytes = sum(n * _row_bytes(stream) for stream, n in rows_of)
+        self.written_bytes = sum(n * _row_bytes(stream) for stream, n in rows_of)
 
     @contextmanager
     def jobs(self, pool: BuildPool) -> Iterator[list[Callable[[], Pieces]]]:

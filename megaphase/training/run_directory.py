@@ -31,7 +31,7 @@ from megaphase.utils.run_files import (
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """The paths in a run directory; README.md says what the files hold."""
+    """The paths of the files in a run directory, whose content README.md describes."""
 
     path: Path
 

@@ -73,7 +73,7 @@ def submit(script: str, options: Sequence[str] = ()) -> str:
         if not name.startswith("SLURM_") or name == "SLURM_CONF"
     }
     # A request that was sent may have been met, and a second one would be a second job.
-    result = _run(command, again=_NOT_REACHED, input=script, env=environment)
+    result = _run(command, unanswered=_NOT_REACHED, input=script, env=environment)
     if result.returncode:
         raise RunError(f"sbatch refused the job: {' '.join(result.stderr.split())}")
     return result.stdout.strip().split(";")[0]
@@ -175,16 +175,18 @@ def _lines(*command: str) -> list[str]:
 
 
 def _run(
-    command: Sequence[str], again: re.Pattern[str] = _NO_ANSWER, **options: Any
+    command: Sequence[str], unanswered: re.Pattern[str] = _NO_ANSWER, **options: Any
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command of Slurm; in a job, repeat it while it says that it was not answered.
+    """Run a Slurm command; in a job, repeat it while the controller does not answer.
 
-    again: what it says then. options: of subprocess.run.
+    Args:
+        unanswered: matches the output of a command that the controller has not answered.
+        options: passed on to subprocess.run.
     """
     until = time.monotonic() + (RETRY_SECONDS if "SLURM_JOB_ID" in os.environ else 0.0)
     while True:
         done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
         said = done.stderr + done.stdout
-        if done.returncode == 0 or not again.search(said) or time.monotonic() >= until:
+        if done.returncode == 0 or not unanswered.search(said) or time.monotonic() >= until:
             return done
         time.sleep(RETRY_EVERY_SECONDS)

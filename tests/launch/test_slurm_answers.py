@@ -1,4 +1,4 @@
-"""What is made of a Slurm that does not answer, for which scripts stand in."""
+"""Jobs retry Slurm commands that the controller does not answer; scripts replace the commands."""
 
 from __future__ import annotations
 

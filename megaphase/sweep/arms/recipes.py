@@ -42,7 +42,7 @@ _OF_PHASE = re.compile(r"phases\[(\d+|\*)\]\.((\w+).*)")
 _OWN_SETTINGS = re.compile(r"(optimizer|faults)(\.|$)|model\.dropout$")
 
 # The schema of a phase's keys, with that of its settings.
-_TRIED = create_model("_TRIED", __base__=ArmPhase, settings=(RunConfig, ...))
+_TriedPhase = create_model("_TriedPhase", __base__=ArmPhase, settings=(RunConfig, ...))
 
 RawPhases = Sequence[dict[str, Any]]
 
@@ -159,7 +159,7 @@ class _Recipes:
                 )
             raw["learning_rate"] = {key: rate[key] for key in rate if key != "peak"}
         found = []
-        for axes, values in combinations(raw, _TRIED, axis, where):
+        for axes, values in combinations(raw, _TriedPhase, axis, where):
             for peak in peaks:
                 rate = values["learning_rate"] | {"peak": peak}
                 self._checked(where, values | {"learning_rate": rate})
