@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +18,7 @@ from megaphase.distributed.process_grid import (
     set_timeout,
     start_process_grid,
 )
+from megaphase.launch.local import free_port
 
 PROCESSES = 2
 STALLED_SECONDS = 10_000.0
@@ -71,7 +73,10 @@ def exchange() -> dict[str, Any]:
     with process_group():
         assert device().type == "cuda"
         first = on_first_rank(lambda: dist.get_rank())
-        ranks = gather_from_all_ranks(dist.get_rank())
+        found = gather_from_all_ranks((dist.get_rank(), free_port()))
+        ranks = [rank for rank, _ in found]
+    # A rank that joins at the port of the first group may still meet its store, and wait forever.
+    os.environ["MASTER_PORT"] = str(found[0][1])
     with process_group():  # again, after the first was left
         again = on_first_rank(lambda: dist.get_rank())
     return {"used": used, "found": (first, ranks, again)}

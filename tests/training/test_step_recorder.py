@@ -33,9 +33,9 @@ def prepare_run(one_later: bool, not_finite: list[int]) -> None:
     def built(recorder, *arguments, **options):
         build(recorder, *arguments, **{**options, "one_later": one_later})
 
-    def noting_step(engine, batch, learning_rate, step):
+    def noting_step(engine, batch, learning_rate, step, progress):
         now[0] = step
-        result = train_step(engine, batch, learning_rate, step)
+        result = train_step(engine, batch, learning_rate, step, progress)
         now[0] = 0
         return result
 
