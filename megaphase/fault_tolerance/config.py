@@ -55,8 +55,8 @@ class FaultsConfig(Section):
     [reliability.md](reliability.md#divergence)."""
     compare_copies_steps: FewOrZero = 100
     """Steps between comparisons of the parameters of which several ranks hold a copy (replicated
-    over tensor-parallel ranks, or over all without ZeRO): the run ends if copies are unequal; 0
-    never compares."""
+    over tensor-parallel ranks, or over all without ZeRO), beside those before each validation and
+    checkpoint: the run ends if copies are unequal; 0 never compares."""
     silent_seconds: Seconds = 30.0
     """Seconds without a heartbeat after which a process counts as dead: all others end and name
     it."""

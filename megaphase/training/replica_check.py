@@ -55,7 +55,8 @@ class _Comparison:
 
 
 class ReplicaCheck:
-    """Compares the copies every `faults.compare_copies_steps` steps, one collective a group.
+    """Compares the copies every `faults.compare_copies_steps` steps, and before they are measured
+    or saved; one collective a group.
 
     A comparison is read a step later, so that the host waits for nothing, or before the weights are
     measured or saved.
@@ -67,14 +68,24 @@ class ReplicaCheck:
         self._every, self._grid = config.faults.compare_copies_steps, grid
         self._control_group = control_group
         self._copies = all_copies(config, model, grid) if self._every else []
+        self._newest: int | None = None
         # With a comparison after every step, one has begun when the one before is read.
         self._begun: list[_Comparison] = []
         self._read: list[_Comparison] = []
 
     def begin(self, step: int) -> None:
-        """Start the comparison that is due after a step; called by all ranks."""
-        if not self._copies or step % self._every:
-            return
+        """Start a comparison after a step if one is due; called by all ranks."""
+        if self._copies and step % self._every == 0:
+            self._begin(step)
+
+    def begin_before_use(self, step: int) -> None:
+        """Start a comparison of weights that are to be measured or saved, if none has begun after
+        their step; called by all ranks."""
+        if self._copies and step != self._newest:
+            self._begin(step)
+
+    def _begin(self, step: int) -> None:
+        self._newest = step
         comparison = _Comparison(step, [self._of(copies) for copies in self._copies], [])
         for copies, checksums in zip(self._copies, comparison.checksums, strict=True):
             # The largest of x and of ~x, which is the complement of the smallest x.

@@ -187,6 +187,7 @@ class Trainer(RunParts):
         All ranks agree on that before its weights are measured or saved.
         """
         self._report(self.recorder.finish())
+        self.replicas.begin_before_use(self.state.step)
         if self.control_group.largest(int(self.replicas.has_found(self.state.step)))[0]:
             self._end_unequal(self.phase.name)
 
