@@ -23,6 +23,9 @@ def run(*command, cwd):
     ).stdout
 
 
+pytestmark = pytest.mark.slow  # builds a source distribution and a wheel
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
     """Return the bin folder of an environment into which the wheel was installed.
@@ -83,7 +86,6 @@ def test_every_program_and_data_file_is_there(installed, tmp_path):
         assert "Usage" in run(installed / "megaphase", *command, "--help", cwd=tmp_path)
 
 
-@pytest.mark.slow
 def test_demo_runs_from_the_wheel(installed, tmp_path):
     run(installed / "megaphase", "demo", "demo", cwd=tmp_path)
     assert (tmp_path / "demo" / "report" / "index.html").is_file()

@@ -195,6 +195,7 @@ def test_killed_while_the_loss_rises_it_finds_the_same(corpora, base, tmp_path):
     assert rows(tmp_path / "b" / "run") == rows(whole)
 
 
+@pytest.mark.slow
 def test_two_tensor_parallel_ranks_end_together(corpora, base, tmp_path):
     settings = settings_of(
         corpora, phase("joint", 60, 3.0), parallel={"tensor": 2, "zero": 1, "overlap": False}
@@ -211,10 +212,10 @@ def test_two_tensor_parallel_ranks_end_together(corpora, base, tmp_path):
     ("seed", "changes"),
     [
         (1, {}),
-        (2, {"optimizer": {"clip": 0}}),
-        (3, {"precision": "bf16"}),
+        pytest.param(2, {"optimizer": {"clip": 0}}, marks=pytest.mark.slow),
+        pytest.param(3, {"precision": "bf16"}, marks=pytest.mark.slow),
         (4, {"batch": {"samples": 1, "micro": 1}}),
-        (5, {"peaks": (4e-2, 2e-2)}),
+        pytest.param(5, {"peaks": (4e-2, 2e-2)}, marks=pytest.mark.slow),
     ],
 )
 def test_runs_that_learn_are_left_alone(seed, changes, corpora, tmp_path):

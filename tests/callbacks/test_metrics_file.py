@@ -91,8 +91,8 @@ def without_row(lines: list[bytes]) -> bytes:
     ("harm", "problem", "missing", "unreadable"),
     [
         (cut_in_a_row, "was cut off", [[1, SAVED]], 0),
-        (zeros_for_rows, "has been altered", [[6, 8]], 1),
-        (without_row, "has been altered", [[9, 9]], 0),
+        pytest.param(zeros_for_rows, "has been altered", [[6, 8]], 1, marks=pytest.mark.slow),
+        pytest.param(without_row, "has been altered", [[9, 9]], 0, marks=pytest.mark.slow),
         (None, "is missing", [[1, SAVED]], 0),
     ],
 )

@@ -113,10 +113,12 @@ def check_a_killed_run(uri: str, folder: Path) -> None:
     assert branch["megaphase.branched_from"] == str(checkpoint)
 
 
+@pytest.mark.slow
 def test_a_killed_run_in_a_database_in_a_file(database: str, tmp_path: Path) -> None:
     check_a_killed_run(database, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_record_with_more_metrics_than_a_request_takes(
     database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

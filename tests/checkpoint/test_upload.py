@@ -166,7 +166,9 @@ def test_a_checkpoint_is_not_removed_while_it_is_uploaded(s3: Run, server: Fault
     assert s3.uploaded() == [full_name(step) for step in (2, 6, 8)]  # as on this machine
 
 
-@pytest.mark.parametrize("fault", [503, "hang", "cut request"])
+@pytest.mark.parametrize(
+    "fault", ["hang", *(pytest.param(it, marks=pytest.mark.slow) for it in (503, "cut request"))]
+)
 def test_saving_never_waits_for_a_store_that_fails(
     s3: Run, server: FaultyProxy, fault: int | str
 ) -> None:

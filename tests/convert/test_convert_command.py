@@ -218,6 +218,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_by_the_largest_parameter(tmp_path: Path) -> None:
     shape = GPTShape(vocab=20_000, seq_len=8, layers=12, hidden=768, heads=4, kv_heads=4, ffn=3072)
     largest, constant = 4 * shape.vocab * shape.hidden, 48 << 20

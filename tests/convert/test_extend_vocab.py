@@ -143,6 +143,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init", ["mean", "random"])
 def test_memory_is_bounded_by_the_largest_parameter(init: str, tmp_path: Path) -> None:
     shape = GPTShape(vocab=20_000, seq_len=8, layers=12, hidden=768, heads=4, kv_heads=4, ffn=3072)

@@ -138,6 +138,7 @@ def random_setup(rng: random.Random) -> Setup:
     )
 
 
+@pytest.mark.slow
 def test_the_blocks_that_are_looked_at_are_those_that_matter(monkeypatch):
     rng = random.Random(7)
     setups = [random_setup(rng) for _ in range(300)]

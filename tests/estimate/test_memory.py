@@ -145,7 +145,7 @@ def built(tensor: int) -> dict[tuple[int, str, str], Built]:
     return dict(zip(RUNS, run_ranks(build, 2, tensor)[0], strict=True))
 
 
-@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("tensor", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("zero", "precision", "name"), RUNS)
 def test_what_is_kept_is_what_an_engine_holds(zero, precision, name, tensor):
     config = run_config(zero=zero, precision=precision, tensor=tensor, optimizer={"name": name})

@@ -67,8 +67,8 @@ def check_kill(
     ("ranks", "victim", "moment", "number"),
     [
         (1, 0, "training", signal.SIGKILL),
-        (2, 0, "training", signal.SIGKILL),
-        (2, 1, "training", signal.SIGSEGV),
+        pytest.param(2, 0, "training", signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param(2, 1, "training", signal.SIGSEGV, marks=pytest.mark.slow),
         (4, 2, "training", signal.SIGKILL),
         (2, 1, "starting", signal.SIGKILL),
     ],

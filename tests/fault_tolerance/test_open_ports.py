@@ -65,6 +65,7 @@ def start(folder: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, env=os.environ | LOOPBACK, stdout=subprocess.DEVNULL)
 
 
+@pytest.mark.slow
 def test_random_bytes_on_every_port_change_nothing(tmp_path):
     corpora = make_corpora(tmp_path / "corpora")
     settings = run_settings(corpora)

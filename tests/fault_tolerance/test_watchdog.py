@@ -177,12 +177,13 @@ def test_foreseen_fault_of_all_is_theirs_to_tell(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "ranks"),
     [
-        ("work_in_c", [0]),
         ("work_in_c", [1]),
-        ("sleep", [1]),
         ("wait_patiently", [1]),
         ("leave_late", [0]),
-        ("leave_late", [1]),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (("work_in_c", [0]), ("sleep", [1]), ("leave_late", [1]))
+        ),
     ],
 )
 def test_slow_is_not_dead(harm: str, ranks: list[int], tmp_path: Path) -> None:

@@ -151,6 +151,7 @@ def test_the_command_gives_the_figures_of_the_exported_model(
     assert found["groups"]["alda"]["tasks"] == [CHOICE]
 
 
+@pytest.mark.slow
 def test_training_measures_its_own_weights(trained: Path, tasks: Path) -> None:
     """Before the first step, every 7 steps and at the ends of phases."""
     rows = [row for row in read_rows(trained.parent / "run") if "benchmarks" in row]
@@ -201,6 +202,7 @@ def kill_in_benchmarks(call: int) -> None:
     ServedModel.generate_until = generate_or_die  # type: ignore[method-assign]
 
 
+@pytest.mark.slow
 def test_tensor_parallel_ranks_give_the_same_figures(trained: Path, tasks: Path) -> None:
     names = ",".join((LETTERS, TEXT, PERPLEXITY))
     arguments = ("evaluate", trained.parent / "run@pretrain", "--harness", names)

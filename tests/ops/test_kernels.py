@@ -97,7 +97,11 @@ def plain_gradients(shape: GPTShape) -> dict[str, Tensor]:
     return {name: p.grad for name, p in plain.weights.items() if p.grad is not None}
 
 
-@pytest.mark.parametrize("changes", [{}, GEMMA, XIELU], ids=["llama", "gemma", "xielu"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, pytest.param(GEMMA, marks=pytest.mark.slow), XIELU],
+    ids=["llama", "gemma", "xielu"],
+)
 def test_compiled_kernels_compute_what_plain_torch_does(changes: dict[str, Any]) -> None:
     shape = shape_of(**changes)
     found = gradients(build(shape, Kernels(compiled=True)))

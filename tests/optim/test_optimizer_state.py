@@ -74,11 +74,9 @@ CASES = ADAMW + [
 ]
 QUICK = [
     (3, "bf16", "optimizer and parameters", "adamw"),
-    (3, "bf16", "some weights kept", "adamw"),
     (1, "bf16", "none", "adafactor"),
     (3, "fp32", "none", "muon"),
     (0, "fp32", "none", "adamw"),
-    (3, "bf16", "none", "adamw"),
 ]
 SLOW = [case for case in CASES if case not in QUICK]
 PARAMETERS = [*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)]
@@ -306,7 +304,7 @@ def batch(step: int):  # type: ignore[no-untyped-def]
     ("name", "hops", "rel"),
     [
         ("adamw", HOPS, FP32),
-        *((name, FEW_HOPS, FP32_OF_OTHERS) for name in OTHERS),
+        ("muon", FEW_HOPS, FP32_OF_OTHERS),
         *(pytest.param(name, HOPS, FP32_OF_OTHERS, marks=pytest.mark.slow) for name in OTHERS),
     ],
 )

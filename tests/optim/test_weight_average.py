@@ -82,6 +82,11 @@ LAYOUTS = [
     Case(2, 2, 3, "ema"),
     Case(2, 2, 3, "uniform", "bf16", "cpu", "cpu"),
 ]
+SLOW = [case for case in LAYOUTS if case.tensor * case.data == 2 or case == Case(2, 2, 0, "ema")]
+
+
+def marked(cases: list[Case]) -> list[Any]:
+    return [pytest.param(it, marks=pytest.mark.slow) if it in SLOW else it for it in cases]
 
 
 @dataclass
@@ -230,7 +235,7 @@ def plain_average(case: Case, of_steps: list[Weights]) -> Weights:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", LAYOUTS, ids=str)
+@pytest.mark.parametrize("case", marked(LAYOUTS), ids=str)
 def test_an_average_is_that_of_the_weights_of_its_steps(case: Case) -> None:
     for rank in examined(case.tensor * case.data)[case]:
         assert rank.taken == len(case.due)
@@ -252,7 +257,9 @@ def test_an_average_is_that_of_the_weights_of_its_steps(case: Case) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", [case for case in LAYOUTS if case.precision == "fp32"], ids=str)
+@pytest.mark.parametrize(
+    "case", marked([case for case in LAYOUTS if case.precision == "fp32"]), ids=str
+)
 def test_averages_of_layouts_are_equal(case: Case) -> None:
     one = LAYOUTS[0]
     reference = examined(1)[one][0]

@@ -128,8 +128,6 @@ KEPT = [{"zero": 3, "keep_gathered": 1.0}, {"zero": 3, "keep_gathered": 0.5, "te
 SECONDARY = [{"zero": 3, "secondary_partition": 8}]
 QUICK = [
     {"zero": 0, "tensor": 2, "sequence": True},
-    {"zero": 1},
-    {"zero": 2, "tensor": 2},
     {"zero": 3, "tensor": 2, "sequence": True, "documents": True},
 ]
 MATRIX = [

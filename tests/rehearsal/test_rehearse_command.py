@@ -71,7 +71,9 @@ def test_memory_beyond_the_card_is_a_fault(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "key"),
     [
-        ("hardware.card=unknown", "hardware.card: no card 'unknown'"),
+        pytest.param(
+            "hardware.card=unknown", "hardware.card: no card 'unknown'", marks=pytest.mark.slow
+        ),
         ("parts.optimizer=apex", "parts.optimizer: apex needs "),
         ("parallel={zero: 3, offload: nvme, offload_folder: nvme}", "parallel: a rehearsal has no"),
     ],
@@ -91,7 +93,11 @@ def test_wrong_input_of_the_rehearsed_rank_is_said_as_the_run_would(
     [
         (["--processes", "3"], "processes"),
         (["--processes", "8192"], "megaphase: --processes: is 8,192; give at most 4,096"),
-        (["--processes", "8", "--rank", "8"], "megaphase: --rank: is 8; give one below 8"),
+        pytest.param(
+            ["--processes", "8", "--rank", "8"],
+            "megaphase: --rank: is 8; give one below 8",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_wrong_options_are_refused(options: list[str], message: str, tmp_path: Path) -> None:

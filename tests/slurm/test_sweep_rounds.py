@@ -184,6 +184,7 @@ def untimed(outcomes: Mapping[str, Outcome]) -> dict[str, dict[str, Any]]:
     return plain
 
 
+@pytest.mark.slow
 def test_a_sweep_ends_as_on_one_machine(
     cluster: Cluster, corpora: Path, tmp_path: Path, break_run: Callable[[Path], None]
 ) -> None:

@@ -196,4 +196,6 @@ SLOW = {
     "Gemma 2",
     "OLMo 3",
     "Apertus",
+    "SmolLM 3",
+    "GPT-2",
 }

@@ -20,6 +20,7 @@ from megaphase.data_tools.tokenizers.train import train_tokenizer
 HIGH, LOW = ("alda", "boreth"), ("cimri",)
 TEXT_BYTES = {"alda": 90_000, "boreth": 60_000, "cimri": 12_000}
 STEPS = (12, 9)
+HELD_OUT = 6  # samples of each task
 TIMES = ("step_seconds", "data_wait_seconds", "save_seconds", "tokens_per_second", "mfu")
 
 
@@ -68,7 +69,7 @@ def run_settings(corpora: Path, **changes: Any) -> dict[str, Any]:
             phase("pretrain", STEPS[0], {"proportional": True, "over": list(HIGH)}, 1e-2),
             phase("joint", STEPS[1], {"temperature": 3.0}, 5e-3),
         ],
-        "validation": {"every_steps": 5, "samples": 10, "fraction": 0.1},
+        "validation": {"every_steps": 5, "samples": HELD_OUT, "fraction": 0.1},
         "checkpoint": {"every_steps": 4, "keep": 2},
         "logging": {"every_steps": 5, "tensorboard": False},
         **changes,

@@ -25,6 +25,7 @@ def server() -> Iterator[ForkServer]:
         yield server
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_new_processes(tmp_path: Path, server: ForkServer) -> None:
     corpora = make_corpora(tmp_path / "corpora")
     found = []
@@ -133,6 +134,7 @@ def test_a_sweep_that_is_killed_takes_the_server_along(tmp_path: Path) -> None:
     assert len(pids) == 2
 
 
+@pytest.mark.slow
 def test_forks_of_a_server_that_was_killed_are_no_business_of_the_next_one(
     tmp_path: Path,
 ) -> None:

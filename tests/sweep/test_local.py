@@ -321,6 +321,7 @@ def kill_until_done(path: Path, chance: random.Random) -> int:
             kills += 1
 
 
+@pytest.mark.slow
 def test_a_signal_lets_the_runs_save(corpora: Path, tmp_path: Path) -> None:
     path = write(tmp_path, settings(corpora, steps=4000))
     process = subprocess.Popen(

@@ -59,6 +59,7 @@ def undisturbed(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> Swee
     return directory
 
 
+@pytest.mark.slow
 def test_the_weights_that_count_are_measured_on_test_and_training(
     undisturbed: SweepDirectory,
 ) -> None:

@@ -6,6 +6,7 @@ import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from data_support import write_jsonl
@@ -47,6 +48,10 @@ KINDS: dict[str, Callable[[Path], Path]] = {
 DOCUMENTS = [f"{text} {number}" for number in range(120) for text in (*TEXTS, *STRANGE)]
 
 
+def slow(*kinds: str) -> list[Any]:
+    return [pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
+
+
 def run(*arguments: object) -> str:
     result = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
     assert result.exit_code == 0, result.output
@@ -84,7 +89,7 @@ def test_the_tools_know_it(corpora: Path) -> None:
     assert "byte fallback" in run("tokenizer", "inspect", tok)
 
 
-@pytest.mark.parametrize("corpora", ["llama3", "qwen3", "gemma3"], indirect=True)
+@pytest.mark.parametrize("corpora", [*slow("llama3", "qwen3"), "gemma3"], indirect=True)
 def test_any_number_of_workers_and_shards_gives_the_same_corpus(corpora: Path) -> None:
     text, tok, data = corpora / "a.jsonl", corpora / "tok", corpora / "data"
     tokenize = ("data", "tokenize", text, "--tokenizer", tok)
@@ -141,7 +146,7 @@ def test_the_bytes_of_targets_are_those_of_the_original_text(corpora: Path) -> N
     assert tokenizer.exact_bytes == (share == 1 and corpora.name.startswith("llama3"))
 
 
-@pytest.mark.parametrize("corpora", ["t5", "llama3", "qwen3", "large"], indirect=True)
+@pytest.mark.parametrize("corpora", ["t5", *slow("llama3", "qwen3"), "large"], indirect=True)
 def test_a_run_trains_on_it(corpora: Path) -> None:
     settings = run_settings(corpora)
     for phase in settings["phases"]:

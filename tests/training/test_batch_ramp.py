@@ -118,6 +118,7 @@ def two_by_two(run_file: Path) -> list[dict[str, Any]]:
     return steps_of(run_file)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_by_two_ranks_have_the_numbers_of_one(alone, corpora, tmp_path):
     settings = settings_of(corpora, tensor=2, zero=3)

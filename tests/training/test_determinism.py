@@ -65,7 +65,7 @@ def test_on_a_gpu_the_libraries_are_told_and_other_settings_refused(monkeypatch)
 @pytest.mark.parametrize(
     ("zero", "precision", "kernels"),
     [
-        (0, "fp32", "compile"),
+        pytest.param(0, "fp32", "compile", marks=pytest.mark.slow),
         pytest.param(1, "bf16", "eager", marks=pytest.mark.slow),
         pytest.param(2, "fp32", "eager", marks=pytest.mark.slow),
         (3, "bf16", "eager"),

@@ -18,6 +18,7 @@ from plain_gpt import PlainGPT, PlainShape
 from plan_support import derived_key, member_key, permutation
 from rounding import FP32
 from run_support import (
+    HELD_OUT,
     STEPS,
     copy_run,
     make_corpora,
@@ -195,8 +196,8 @@ def test_the_micro_batch_is_that_of_the_phase(
     path = tmp_path / "rows"
     arguments = ("evaluate", trained, "phases.1.batch.micro=1", "--checkpoint", phase)
     run_well(*arguments, prepare=partial(record_rows, path))
-    samples = 10  # of each task, which micro-batches of 1 and of 2 fill
-    assert path.read_text() == f"{micro}\n" * (len(TASKS) * samples // micro)
+    assert HELD_OUT % micro == 0
+    assert path.read_text() == f"{micro}\n" * (len(TASKS) * HELD_OUT // micro)
 
 
 def files_in(folder: Path) -> dict[str, tuple[bytes, int]]:

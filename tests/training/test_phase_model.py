@@ -9,6 +9,7 @@ from distributed import check, launch
 from plain_gpt import PlainGPT, PlainShape
 from rounding import FP32, approx_validation
 from run_support import (
+    HELD_OUT,
     STEPS,
     make_corpora,
     megaphase,
@@ -78,7 +79,7 @@ def test_the_first_losses_of_a_phase_are_those_of_its_rotary_positions(single):
     for number, (phase, base) in enumerate([("pretrain", 10_000.0), ("joint", BASE)]):
         seq_len = plan.spec.phases[number].kind.seq_len
         for task_number, (task, stream) in enumerate(plan.spec.held_out.items()):
-            batch = read_held_out(stream.at(seq_len), task_number, 10, tokenizer.eod)
+            batch = read_held_out(stream.at(seq_len), task_number, HELD_OUT, tokenizer.eod)
             losses = plain_losses(source, base, batch)
             expected = float(losses.sum() / (batch.targets >= 0).sum())
             measured = validation(rows, SWITCH, phase)[task]["loss"]
@@ -130,6 +131,7 @@ def test_killed_in_either_phase_it_resumes_bit_for_bit(single, corpora, tmp_path
     assert timeless(read_rows(tmp_path / "run")) == timeless(read_rows(single / "run"))
 
 
+@pytest.mark.slow
 def test_layouts_are_equal_across_the_switch(single, corpora, tmp_path):
     parallel = {"tensor": 2, "zero": 3, "sequence": True}
     run_file = write_run_file(tmp_path, settings_of(corpora, parallel=parallel))

@@ -129,6 +129,7 @@ def check_branches(folder: Path, settings: dict[str, Any], run_dir: Path, layout
             assert traced(branch, step) == traced(run_dir, step)
 
 
+@pytest.mark.slow
 def test_four_phases_have_the_same_losses_in_every_layout_and_branches(tmp_path: Path) -> None:
     settings = small_settings(make_corpora(tmp_path / "corpora"))
     one = train(tmp_path / "one", settings, ONE)

@@ -70,6 +70,7 @@ def whole(url: str) -> list[str]:
     return [name for name in RemoteRun(url).names() if RemoteRun(url).is_whole(name)]
 
 
+@pytest.mark.slow
 def test_a_store_that_fails_changes_no_number_and_the_next_start_uploads(
     corpora: Path,
     tmp_path: Path,
@@ -145,6 +146,7 @@ def note_process(prepare: partial[None], file: Path) -> None:
     file.write_text(str(os.getpid()))
 
 
+@pytest.mark.slow
 def test_a_branch_from_the_store_equals_one_from_the_run(
     corpora: Path, tmp_path: Path, server: FaultyProxy, prepare: partial[None]
 ) -> None:

@@ -52,6 +52,9 @@ CASES = [
     Case(2, 2, 3, "fp32"),
     Case(2, 2, 3, "bf16"),
 ]
+QUICK = [Case(1, 2, 0, "fp32"), Case(1, 2, 2, "bf16"), Case(2, 2, 3, "fp32")]
+SLOW = [case for case in CASES if case not in QUICK]
+PARAMETERS = [*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)]
 
 
 @dataclass(frozen=True)
@@ -122,9 +125,11 @@ def _steps(engine: Engine, steps: int) -> list[Step]:
 
 
 @once
-def comparisons(processes: int) -> dict[Case, list[Comparison]]:
-    """Return the results of each rank, by case."""
-    cases = [each for each in CASES if each.tensor * each.data == processes]
+def comparisons(processes: int, slow: bool) -> dict[Case, list[Comparison]]:
+    """Return the results of each rank, by case; of the slow or the other cases."""
+    cases = [
+        each for each in CASES if each.tensor * each.data == processes and (each in SLOW) == slow
+    ]
     by_rank = run_ranks(compare, processes, cases)
     return {case: [each[i] for each in by_rank] for i, case in enumerate(cases)}
 
@@ -135,9 +140,9 @@ def same(one: Weights, other: Weights) -> bool:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", PARAMETERS, ids=str)
 def test_reset_is_a_fresh_optimizer_on_the_same_weights(case: Case) -> None:
-    for rank in comparisons(case.tensor * case.data)[case]:
+    for rank in comparisons(case.tensor * case.data, case in SLOW)[case]:
         assert same(rank.fresh_start, rank.at_switch)
         for native, fresh in zip(rank.reset, rank.fresh, strict=True):
             assert all(each.dtype == torch.float32 for each in native.weights.values())
@@ -148,9 +153,9 @@ def test_reset_is_a_fresh_optimizer_on_the_same_weights(case: Case) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", PARAMETERS, ids=str)
 def test_without_a_reset_the_old_moments_are_used(case: Case) -> None:
-    for rank in comparisons(case.tensor * case.data)[case]:
+    for rank in comparisons(case.tensor * case.data, case in SLOW)[case]:
         assert same(rank.at_switch_again, rank.at_switch)  # the same training, done twice
         assert rank.kept[0].loss == rank.reset[0].loss
         for name, weight in rank.kept[0].weights.items():

@@ -96,14 +96,12 @@ CASES = [
 SLOW = [
     case
     for case in CASES
-    if (case.zero in (1, 2) and (case.tied or case.tensor == 1))
-    or (case.tensor == 1 and (case.zero == 0 or case.tied))
+    if case.tensor == 1
     or case.optimizer != "adamw"
-    or (case.tied and case.zero == 0)
+    or case.tied
     or case
     in (
-        *(Case(1, zero, precision="bf16") for zero in (0, 1, 2)),
-        *(Case(2, zero) for zero in (1, 2)),
+        *(Case(2, zero) for zero in (1, 2, 3)),
         Case(2, 2, offload="cpu"),
     )
 ]

@@ -11,6 +11,7 @@ import pytest
 from distributed import RunningRanks, check, launch
 from rounding import FP32, approx_validation
 from run_support import (
+    HELD_OUT,
     STEPS,
     copy_run,
     make_corpora,
@@ -128,7 +129,7 @@ def test_bits_per_byte_are_nats_over_the_bytes_of_the_scored_text(single, corpor
     tokenizer = Tokenizer.load(config.tokenizer)
     last = [row for row in read_rows(single / "run") if "validation" in row][-1]["validation"]
     for number, (task, stream) in enumerate(plan_spec(config, tokenizer).held_out.items()):
-        targets = read_held_out(stream, number, 10, tokenizer.eod).targets.flatten().tolist()
+        targets = read_held_out(stream, number, HELD_OUT, tokenizer.eod).targets.flatten().tolist()
         scored = [token for token in targets if token >= 0]
         # A byte of a character that is written as several tokens is one byte.
         bytes_of = {
@@ -269,6 +270,7 @@ def step_slowly() -> None:
     Engine._step = slow
 
 
+@pytest.mark.slow
 def test_a_step_may_take_longer_than_a_run_may_stand_still(corpora, tmp_path):
     settings = run_settings(corpora, faults={"stalled_seconds": 6}, checkpoint={"end_after": 1})
     run_file = write_run_file(tmp_path / "slow", settings)  # of 4 micro-batches a step

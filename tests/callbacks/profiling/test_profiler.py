@@ -350,6 +350,7 @@ def profiled(corpora, tmp_path_factory):
     return folder, train(folder, corpora, "--profile-steps", 2, LOCAL_RANK="0")
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_profiled_run_trains_as_any_other(profiled, corpora, tmp_path):
     result = train(tmp_path, corpora, "--profile-steps", 9)[0]

@@ -35,6 +35,7 @@ CONFIGS = {
     "gpt_neox": FAMILY_CONFIGS["GPT-NeoX"],
     "gpt2": FAMILY_CONFIGS["GPT-2"],
 }
+SLOW = ("mistral with windows", "qwen2", "qwen3", "olmo2", "gemma2", "smollm3")
 # Of PreTrainedConfig, and no part of a model: names, and what is returned beside the logits.
 NOT_CHANGED = {
     "model_type": "makes it another family",
@@ -119,7 +120,9 @@ def all_changes(family: str) -> Iterator[tuple[str, Any]]:
                 yield from ((key, new) for new in changed_rope(value))
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize(
+    "family", [pytest.param(it, marks=pytest.mark.slow) if it in SLOW else it for it in CONFIGS]
+)
 def test_every_key(
     family: str,
     tmp_path: Path,

@@ -145,6 +145,7 @@ def trained() -> Path:
     return folder / "step-00000001"
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_what_four_ranks_have_trained(tok: Path, tmp_path: Path) -> None:
     checkpoint = trained()

@@ -84,7 +84,7 @@ HARMLESS = {
     "read by another name: swiglu, bias_gelu_fusion": """
         gated_linear_unit activation_func bias_activation_fusion""",
 }
-SIZES = [1, 2, pytest.param(4, marks=pytest.mark.slow)]
+SIZES = [2, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 4))]
 BATCH = 2
 TOKENS = torch.randint(LLAMA.vocab, (BATCH, LLAMA.seq_len), generator=torch.Generator())
 

@@ -132,6 +132,7 @@ def folder():
     shutil.rmtree(path)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -82,6 +82,7 @@ def test_a_best_peak_that_depends_on_size_and_length_is_found():
     assert min(each.error for each in plain) > 1.5 * law.chosen.error
 
 
+@pytest.mark.slow
 def test_a_penalty_that_grows_with_parameters_for_the_text_is_found():
     truth = TRUTH | {"hi": HI | {"P": 0.04, "kappa": 1.0, "omega": 0.8}}
     (law,) = fit_laws(lawful_rows(models=(MODEL, SMALL), steps=(500, 1000), truth=truth), ["hi"])
@@ -163,6 +164,7 @@ def test_one_seed_or_few_settings_give_no_law():
     assert cannot_be_fitted(lawful_rows(seeds=2)) is None
 
 
+@pytest.mark.slow
 def test_english_has_the_same_law_without_repetition():
     (law,) = fit_laws(lawful_rows(models=(MODEL, SMALL), steps=(500, 1000)), ["en"])
     assert law.fits

@@ -287,6 +287,7 @@ def test_no_text_is_repeated_more_often_than_the_sweep_has_tried(tmp_path):
     assert len(set(further)) == len(further) == 3
 
 
+@pytest.mark.slow
 def test_values_at_an_end_and_laws_without_an_effect_of_size_are_named(tmp_path):
     rows = lawful_rows(models=(MODEL, SMALL), steps=(500, 1000))
     noise = np.random.default_rng(0)
@@ -320,6 +321,7 @@ def test_a_law_of_rates_holds_for_the_budgets_of_the_sweep_alone(tmp_path, monke
         recommend(rates, big_run(tmp_path), target("{hi: min}"), "tok")
 
 
+@pytest.mark.slow
 def test_one_budget_tells_nothing_of_another(tmp_path):
     one = SweepLaw.of_rows(rows_of(lawful_rows(models=(MODEL, SMALL))))
     with pytest.raises(RunError, match=r"one budget, 1,280,000 tokens.*add a sweep with another"):

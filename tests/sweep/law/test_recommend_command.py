@@ -141,6 +141,7 @@ def test_arms_that_forget_are_left_out_however_their_mixture_is_given(tmp_path):
     assert {row.setting.arm for row in found.rows} == {"static"}
 
 
+@pytest.mark.slow
 def test_the_report_has_the_law_and_the_same_bytes_again(sweep, tmp_path):
     files = []
     for name in ("one", "two"):
@@ -179,6 +180,7 @@ def test_a_recommendation_is_written(sweep, tmp_path):
     assert (tmp_path / "same.yaml").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_the_laws_have_a_page_of_their_own_even_where_nothing_is_recommended(sweep, tmp_path):
     (tmp_path / "big.yaml").write_text(yaml.safe_dump(BIG))
     tokens = [f"--epoch-tokens={task}={count}" for task, count in TOKENS.items()]

@@ -178,6 +178,7 @@ def test_fronts_and_settings_are_the_same_as_on_the_page(index, report):
     assert len(numbers(index, "margins")) == 4 * len(fronts.static)
 
 
+@pytest.mark.slow
 def test_report_does_not_depend_on_where_and_how_fast_runs_were_done(tmp_path):
     first = write_sweep(tmp_path / "a" / "sweep", SMALL)
     second = write_sweep(tmp_path / "b" / "sweep", SMALL, seconds=99.0)
