@@ -1,6 +1,6 @@
 # make demo   set everything up; two phases beside static mixtures on artificial languages
 # make test   set everything up, lint and run the tests
-# make test-slow   the tests that take minutes: kills by the dozen
+# make test-slow   the rest of the tests: further layouts and cases, kills by the dozen
 # make rehearse   many layouts on a GPU that does not exist: minutes, no GPU needed
 # make docs   write docs/run-file.md again, from the config classes, and build the site into build/site
 # make wheel  build the source distribution and, from it, the wheel, into dist/
