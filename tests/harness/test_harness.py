@@ -129,6 +129,7 @@ def test_requests_have_the_answers_of_the_exported_model(
                 assert found["results"][task][metric] == pytest.approx(value, rel=CLOSE)
 
 
+@pytest.mark.slow
 def test_the_command_gives_the_figures_of_the_exported_model(
     trained: Path, exported: Path, tasks: Path
 ) -> None:

@@ -135,53 +135,56 @@ def _catches(pid: int, number: signal.Signals) -> bool:
 
 
 @pytest.fixture(scope="module")
-def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
-    folder = tmp_path_factory.mktemp("stopped")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the run file of the run that is not stopped."""
+    folder = tmp_path_factory.mktemp("undisturbed")
     settings = run_settings(
         make_corpora(folder / "corpora"), parallel={"tensor": 2, "zero": 3}, seed=12
     )
     for phase, steps in zip(settings["phases"], STEPS, strict=True):
         phase["steps"] = steps
-    undisturbed = write_run_file(folder / "undisturbed", settings)
-    check(launch(megaphase("train", undisturbed), PROCESSES))
-    run_file = write_run_file(folder / "stopped", settings)
+    run_file = write_run_file(folder, settings)
+    check(launch(megaphase("train", run_file), PROCESSES))
+    return run_file
+
+
+@pytest.fixture(scope="module")
+def story(undisturbed: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
+    run_file = tmp_path_factory.mktemp("stopped") / "run.yaml"
+    run_file.write_text(undisturbed.read_text())
     run = Stopper(run_file)
     # Not one of the warm processes: its imports must not be done already.
     cold = ["env", sys.executable, *run.command[1:]]
-    local = megaphase("launch", "local", run_file, "--processes", PROCESSES)
     both = [(rank, number) for number in (TERM, USR1) for rank in (1, 0)]
     stops = {
         "at the start": run.stop(starting_up, [(0, TERM), (1, TERM)], cold),
         "before the first step": run.stop_itself("begin_phase", 1, TERM),
         "one rank": run.stop_itself("train_step", 1, TERM, calls=3),
-        "the other rank": run.stop_itself("train_step", 0, USR1, calls=3),
         "again and again": run.stop(run.saving(), both * 5),
         "at the switch": run.stop_itself("end_phase", 1, USR1),
-        "launcher": run.stop(run.after_steps(1), [(0, TERM)], local, processes=1),
         "Ctrl-C": run.stop(run.after_steps(1), [(0, INT), (1, INT)]),
-        "Ctrl-C to the launcher": run.stop(run.after_steps(1), [(0, INT)], local, processes=1),
         "at the end": run.stop_itself("end_phase", 1, TERM),
     }
     return Story(run_file.parent / "run", undisturbed.parent / "run", stops)
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize(
-    ("name", "signals", "ranks"),
-    [
-        ("one rank", {"SIGTERM"}, {1}),
-        ("the other rank", {"SIGUSR1"}, {0}),
-        ("again and again", {"SIGTERM", "SIGUSR1"}, {0, 1}),
-        ("at the switch", {"SIGUSR1"}, {1}),
-        ("launcher", {"SIGTERM"}, {0, 1}),
-        ("Ctrl-C", {"Ctrl-C"}, {0, 1}),
-        ("Ctrl-C to the launcher", {"Ctrl-C"}, {0, 1}),
-    ],
-)
-def test_a_signal_saves_and_ends_all_ranks(
-    name: str, signals: set[str], ranks: set[int], story: Story
-) -> None:
-    stop = story.stops[name]
+@pytest.fixture(scope="module")
+def launched_story(undisturbed: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
+    """Signals that come to the launcher."""
+    run_file = tmp_path_factory.mktemp("launched") / "run.yaml"
+    run_file.write_text(undisturbed.read_text())
+    run = Stopper(run_file)
+    local = megaphase("launch", "local", run_file, "--processes", PROCESSES)
+    stops = {
+        "the other rank": run.stop_itself("train_step", 0, USR1, calls=3),
+        "launcher": run.stop(run.after_steps(1), [(0, TERM)], local, processes=1),
+        "Ctrl-C to the launcher": run.stop(run.after_steps(1), [(0, INT)], local, processes=1),
+        "at the end": run.stop(lambda ranks: True, []),
+    }
+    return Story(run_file.parent / "run", undisturbed.parent / "run", stops)
+
+
+def check_stop(stop: Stop, signals: set[str], ranks: set[int]) -> None:
     assert set(stop.codes) == {75}, stop.results[0].stderr
     number, rank, step = stop.said()
     assert number in signals
@@ -189,6 +192,45 @@ def test_a_signal_saves_and_ends_all_ranks(
     assert stop.latest == f"step-{step:08d}"
     assert stop.steps == step
     assert not [each for each in stop.checkpoints if each.startswith(".")]
+
+
+def check_end(story: Story) -> None:
+    """The run ended, like its twin that was not stopped."""
+
+    def rows(run: Path) -> list[dict[str, Any]]:
+        return [row for row in timeless(read_rows(run)) if row.get("event") != "stopped"]
+
+    stop = story.stops["at the end"]
+    assert stop.codes == [0, 0]
+    assert stop.latest == f"step-{sum(STEPS):08d}"
+    assert rows(story.run) == rows(story.undisturbed)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("name", "signals", "ranks"),
+    [
+        ("one rank", {"SIGTERM"}, {1}),
+        ("again and again", {"SIGTERM", "SIGUSR1"}, {0, 1}),
+        ("at the switch", {"SIGUSR1"}, {1}),
+        ("Ctrl-C", {"Ctrl-C"}, {0, 1}),
+    ],
+)
+def test_a_signal_saves_and_ends_all_ranks(
+    name: str, signals: set[str], ranks: set[int], story: Story
+) -> None:
+    check_stop(story.stops[name], signals, ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_signal_to_the_launcher_saves_and_ends_all_ranks(launched_story: Story) -> None:
+    stops = launched_story.stops
+    check_stop(stops["the other rank"], {"SIGUSR1"}, {0})
+    check_stop(stops["launcher"], {"SIGTERM"}, {0, 1})
+    check_stop(stops["Ctrl-C to the launcher"], {"Ctrl-C"}, {0, 1})
+    assert stops["Ctrl-C to the launcher"].results[0].stderr.startswith(SAVING)
+    check_end(launched_story)
 
 
 @pytest.mark.distributed
@@ -212,8 +254,7 @@ def test_a_signal_before_the_first_step_waits_for_no_validation(story: Story) ->
 
 @pytest.mark.distributed
 def test_ctrl_c_says_at_once_that_the_run_saves(story: Story) -> None:
-    for name in ("Ctrl-C", "Ctrl-C to the launcher"):
-        assert story.stops[name].results[0].stderr.startswith(SAVING)
+    assert story.stops["Ctrl-C"].results[0].stderr.startswith(SAVING)
 
 
 @pytest.mark.distributed
@@ -222,15 +263,5 @@ def test_a_signal_at_the_switch_waits_for_a_step_of_the_next_phase(story: Story)
 
 
 @pytest.mark.distributed
-def test_a_signal_at_the_last_step_lets_the_run_end(story: Story) -> None:
-    stop = story.stops["at the end"]
-    assert stop.codes == [0, 0]
-    assert stop.latest == f"step-{sum(STEPS):08d}"
-
-
-@pytest.mark.distributed
 def test_a_run_that_was_stopped_ends_like_its_twin(story: Story) -> None:
-    def rows(run: Path) -> list[dict[str, Any]]:
-        return [row for row in timeless(read_rows(run)) if row.get("event") != "stopped"]
-
-    assert rows(story.run) == rows(story.undisturbed)
+    check_end(story)
