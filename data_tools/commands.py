@@ -151,7 +151,7 @@ def tokenize_command(
     """
     from megaphase.corpus.writer import refuse_existing, refuse_own_input
     from megaphase.data_tools.shards import MOST_SHARDS, WHOLE, ShardChoice, refuse_other_shards
-    from megaphase.data_tools.text import STDIN, expand_inputs
+    from megaphase.data_tools.text import STDIN, check_options, expand_inputs
     from megaphase.data_tools.tokenization.tokenize import check_tokenization, tokenize
 
     reading = reading_of(
@@ -166,6 +166,7 @@ def tokenize_command(
     files = expand_inputs(inputs)
     if stdin_kind is not StdinKind.jsonl and STDIN not in files:
         raise InputError("--stdin-kind", "there is no - among the files", "leave it out")
+    check_options(files, reading)
     if slurm:
         if shard is not None:
             raise InputError("--shard", "--slurm chooses the shards itself", "leave one out")

@@ -40,9 +40,6 @@ Workers = Annotated[
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing --out.")]
 
 
-DEFAULT_JSON_KEY = "text"
-
-
 def available_cores() -> int:
     """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -60,14 +57,14 @@ def reading_of(
 ) -> Reading:
     """The Reading that the options describe; InputError where they contradict each other."""
     from megaphase.data_tools.text import Reading
-    from megaphase.data_tools.text.reading import unescape
+    from megaphase.data_tools.text.reading import DEFAULT_KEY, unescape
 
     if (source_key is None) != (target_key is None):
         missing = "--target-key" if target_key is None else "--source-key"
         raise InputError(missing, "a pair has two keys", "give both or none")
     others = {"--template": template, "--source-key": source_key, "--messages-key": messages_key}
     other = next((option for option, value in others.items() if value is not None), None)
-    if json_key != DEFAULT_JSON_KEY and other is not None:
+    if json_key != DEFAULT_KEY and other is not None:
         raise InputError("--json-key", f"cannot be combined with {other}", "leave one out")
     pair = (source_key, target_key) if source_key is not None and target_key is not None else None
     return Reading(

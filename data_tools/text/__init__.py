@@ -15,7 +15,7 @@ removed. Blank lines and a byte order mark in a JSONL file are skipped.
 """
 
 from megaphase.data_tools.text.chunk import TextChunk, TextPosition
-from megaphase.data_tools.text.chunks import CHUNK_BYTES, check_reading, read_chunks
+from megaphase.data_tools.text.chunks import CHUNK_BYTES, check_options, check_reading, read_chunks
 from megaphase.data_tools.text.file_types import STDIN, check_text_file, display_name, size_on_disk
 from megaphase.data_tools.text.input_files import InputPath, identity, place_of
 from megaphase.data_tools.text.inputs import expand_inputs
@@ -42,6 +42,7 @@ __all__ = [
     "TextPosition",
     "TextRange",
     "can_be_ranged",
+    "check_options",
     "check_reading",
     "check_text_file",
     "display_name",

@@ -95,6 +95,16 @@ def check_reading(path: InputPath, reading: Reading, *, whole: bool = True) -> N
         raise InputError(display_name(path), problem, "use JSONL, Parquet or Arrow")
 
 
+def check_options(files: Iterable[InputPath], reading: Reading) -> None:
+    """Raise InputError if an option says what is a document in none of the files."""
+    kinds = {file_type_of(path, reading.stdin_kind) for path in files}
+    if reading.separator is not None and kinds and "txt" not in kinds:
+        problem = "ends documents of .txt files, and no file is one"
+        raise InputError("--separator", problem, "leave it out")
+    if reading.chooses_keys and kinds == {"txt"}:
+        raise InputError(reading.key_option, "plain text has no keys", "leave it out")
+
+
 def _parquet_chunks(
     path: InputPath,
     reading: Reading,

@@ -41,6 +41,8 @@ class Chat:
 
 Document = str | SourceTarget | Chat
 
+DEFAULT_KEY = "text"
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -59,7 +61,7 @@ class Reading:
     parsed.
     """
 
-    key: str = "text"
+    key: str = DEFAULT_KEY
     template: str | None = None
     pair: tuple[str, str] | None = None
     separator: str | None = None
@@ -98,6 +100,11 @@ class Reading:
         else:
             names = [self.key]
         return tuple(dict.fromkeys(names))
+
+    @property
+    def chooses_keys(self) -> bool:
+        """Whether a text is under another key than the default one, or several are joined."""
+        return self.key != DEFAULT_KEY or self.template is not None
 
     @property
     def key_option(self) -> str:

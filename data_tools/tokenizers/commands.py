@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from enum import StrEnum
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -125,16 +126,20 @@ def train_tokenizer_command(
     Example: megaphase tokenizer train --input en=en.jsonl.gz --input hi=hi.jsonl.gz
     --vocab-size 16000 --out tok/
     """
+    from megaphase.data_tools.text import check_options
     from megaphase.data_tools.text.reading import unescape
     from megaphase.data_tools.tokenizers.train import train_tokenizer
 
+    reading = reading_of(json_key, template, separator)
+    files = _by_language(inputs)
+    check_options(chain(*files.values()), reading)
     record = train_tokenizer(
-        _by_language(inputs),
+        files,
         out,
         vocab_size=vocab_size,
         library=library.value,
         model_type=None if model_type is None else model_type.value,
-        reading=reading_of(json_key, template, separator),
+        reading=reading,
         tags=tag,
         reserved_tags=reserved_tags,
         user_symbols=[unescape(symbol) for symbol in user_symbol],
@@ -191,16 +196,20 @@ def extend_tokenizer_command(
     Example: megaphase tokenizer extend Llama-3.1-8B/ --input gl=gl.jsonl.gz --check en=en.jsonl.gz
     --add 4000 --out tok/
     """
+    from megaphase.data_tools.text import check_options
     from megaphase.data_tools.tokenizers.compare import comparison_table
     from megaphase.data_tools.tokenizers.extend import extend_tokenizer
 
+    reading = reading_of(json_key, template, separator)
+    files, checks = _by_language(inputs), _by_language(check, "--check")
+    check_options(chain(*files.values(), *checks.values()), reading)
     record, languages = extend_tokenizer(
         base,
-        _by_language(inputs),
+        files,
         out,
         add=add,
-        checks=_by_language(check, "--check"),
-        reading=reading_of(json_key, template, separator),
+        checks=checks,
+        reading=reading,
         max_sentences=max_sentences,
         temperature=_temperature(alpha, temperature),
         seed=seed,
@@ -245,17 +254,20 @@ def inspect_tokenizer_command(
 
     Example: megaphase tokenizer inspect tok/ --input en=en.jsonl.gz --input hi=hi.jsonl.gz
     """
+    from megaphase.data_tools.text import check_options
     from megaphase.data_tools.tokenizers.fertility import measure_fertility
     from megaphase.data_tools.tokenizers.sample import first_sentences
     from megaphase.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(path)
     reading = reading_of(json_key, template, separator)
+    files = _by_language(inputs)
+    check_options(chain(*files.values()), reading)
     measured = {
         language: measure_fertility(
-            tokenizer, first_sentences(language, files, reading), held_out=False
+            tokenizer, first_sentences(language, of_language, reading), held_out=False
         )
-        for language, files in _by_language(inputs).items()
+        for language, of_language in files.items()
     }
     console = new_console()
     console.print(_tokenizer_table(tokenizer))

@@ -9,7 +9,14 @@ from pathlib import Path
 from rich.table import Table
 
 from megaphase.corpus import Corpus
-from megaphase.data_tools.text import Reading, display_name, expand_inputs, read_chunks
+from megaphase.data_tools.text import (
+    InputPath,
+    Reading,
+    check_options,
+    display_name,
+    expand_inputs,
+    read_chunks,
+)
 from megaphase.data_tools.text.records import read_documents
 from megaphase.generation.text_loss import TextLoss
 from megaphase.tokenizer import Tokenizer
@@ -40,24 +47,32 @@ def check_texts(
         InputError: an argument is of another form, a file cannot be read or has no text, or a
             corpus is of another tokenizer.
     """
-    texts: dict[str, list[str]] = {}
+    named: dict[str, str] = {}
     for argument in arguments:
         language, equals, file = argument.partition("=")
         if not (language and equals and file):
             problem = f"{argument!r} is not LANGUAGE=FILE"
             raise InputError("--check", problem, "write en=en.jsonl.gz")
-        if language in texts:
+        if language in named:
             raise InputError("--check", f"{language!r} is given twice", "leave one out")
-        is_corpus = Path(f"{file}.idx").is_file()
-        documents = _of_corpus(Path(file), base) if is_corpus else _of_files(file, reading)
+        named[language] = file
+    files = {file: expand_inputs([file]) for file in named.values() if not _is_corpus(file)}
+    check_options(chain(*files.values()), reading)
+    texts: dict[str, list[str]] = {}
+    for language, file in named.items():
+        paths = files.get(file)
+        documents = _of_corpus(Path(file), base) if paths is None else _of_files(paths, reading)
         texts[language] = list(_first(documents))
         if not texts[language]:
             raise InputError(file, f"no text of {language!r}", "give a file that holds text")
     return texts
 
 
-def _of_files(name: str, reading: Reading) -> Iterator[str]:
-    files = expand_inputs([name])
+def _is_corpus(name: str) -> bool:
+    return Path(f"{name}.idx").is_file()
+
+
+def _of_files(files: Sequence[InputPath], reading: Reading) -> Iterator[str]:
     for chunk in chain.from_iterable(read_chunks(path, reading) for path in files):
         for document in read_documents(chunk, reading):
             assert isinstance(document, str)

@@ -24,6 +24,7 @@ from megaphase.data_tools.text import (
     Reading,
     SourceTarget,
     TextPosition,
+    check_options,
     check_text_file,
     documents_and_wrong_ones,
     expand_inputs,
@@ -287,6 +288,29 @@ def test_a_template_joins_several_keys(tmp_path: Path, name: str) -> None:
 def test_a_wrong_template_is_refused(template: str, message: str) -> None:
     with pytest.raises(InputError, match=re.escape(f"--template: {template!r} {message}; write")):
         Reading(template=template)
+
+
+@pytest.mark.parametrize(
+    ("names", "reading", "message"),
+    [
+        (["a.jsonl", "b.parquet"], Reading(separator="%"), "--separator: ends documents of .txt"),
+        (["a.txt", "b.txt.gz"], Reading(key="body"), "--json-key: plain text has no keys"),
+        (["a.txt"], Reading(template="{a} {b}"), "--template: plain text has no keys"),
+        (["-"], Reading(separator="%"), "--separator: ends documents of .txt"),
+        (["-"], Reading(key="body", stdin_kind="txt"), "--json-key: plain text has no keys"),
+    ],
+)
+def test_options_that_concern_none_of_the_files_are_refused(
+    names: list[str], reading: Reading, message: str
+) -> None:
+    with pytest.raises(InputError, match=f"{re.escape(message)}.*; leave it out"):
+        check_options(map(Path, names), reading)
+
+
+def test_options_that_concern_one_of_the_files_are_accepted() -> None:
+    for options in ({"separator": "%"}, {"key": "body"}, {"template": "{a}"}):
+        check_options([Path("a.txt"), Path("b.jsonl")], Reading(**options))
+    check_options([], Reading(key="body"))
 
 
 def test_readings_that_contradict_themselves_are_refused() -> None:
