@@ -39,6 +39,7 @@ from run_support import (
     timeless,
     write_run_file,
 )
+from slow_cases import marked
 from torch.utils._python_dispatch import TorchDispatchMode
 from warm_commands import kill_before
 
@@ -114,10 +115,6 @@ CASES = [
 ]
 COUNTED = [case for case in CASES if not case.model]
 QUICK, SLOW = CASES[:1], CASES[1:]
-
-
-def marked(cases: list[Case]) -> list[Any]:
-    return [pytest.param(it, marks=pytest.mark.slow) if it in SLOW else it for it in cases]
 
 
 @dataclass(frozen=True)
@@ -291,7 +288,7 @@ def by_rank(case: Case) -> list[Found]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", marked(CASES), ids=str)
+@pytest.mark.parametrize("case", marked(CASES, SLOW), ids=str)
 def test_losses_norms_and_weights_are_those_without_it(case: Case) -> None:
     for found in by_rank(case):
         assert found.curve.figures == found.expected.figures
@@ -301,7 +298,7 @@ def test_losses_norms_and_weights_are_those_without_it(case: Case) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", marked(CASES), ids=str)
+@pytest.mark.parametrize("case", marked(CASES, SLOW), ids=str)
 def test_every_engine_has_its_own_groups_of_consecutive_ranks(case: Case) -> None:
     size = case.secondary
     assert size is not None
@@ -311,7 +308,7 @@ def test_every_engine_has_its_own_groups_of_consecutive_ranks(case: Case) -> Non
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", marked(COUNTED), ids=str)
+@pytest.mark.parametrize("case", marked(COUNTED, SLOW), ids=str)
 def test_a_weight_is_gathered_from_all_ranks_once_a_step(case: Case) -> None:
     sizes = _padded(case)
     kept_names = _kept(case)
@@ -344,7 +341,7 @@ def _kept(case: Case) -> set[str]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", marked(CASES), ids=str)
+@pytest.mark.parametrize("case", marked(CASES, SLOW), ids=str)
 def test_the_copy_is_there_from_the_first_forward_pass_to_the_end_of_a_step(case: Case) -> None:
     config = case.config()
     setup = setup_of(config, build_shape(config, VOCAB), PROCESSES, "cuda")
@@ -361,7 +358,7 @@ def test_the_copy_is_there_from_the_first_forward_pass_to_the_end_of_a_step(case
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", marked([case for case in COUNTED if case.near]), ids=str)
+@pytest.mark.parametrize("case", marked([case for case in COUNTED if case.near], SLOW), ids=str)
 def test_the_plan_estimates_what_is_really_sent(case: Case) -> None:
     config = case.config()
     setup = setup_of(config, build_shape(config, VOCAB), PROCESSES, "cuda")

@@ -25,6 +25,7 @@ from engine_support import (
     run_config,
     share,
 )
+from slow_cases import marked
 from torch import Tensor
 
 from megaphase.checkpoint.parameters import StoredParameters
@@ -83,10 +84,6 @@ LAYOUTS = [
     Case(2, 2, 3, "uniform", "bf16", "cpu", "cpu"),
 ]
 SLOW = [case for case in LAYOUTS if case.tensor * case.data == 2 or case == Case(2, 2, 0, "ema")]
-
-
-def marked(cases: list[Case]) -> list[Any]:
-    return [pytest.param(it, marks=pytest.mark.slow) if it in SLOW else it for it in cases]
 
 
 @dataclass
@@ -235,7 +232,7 @@ def plain_average(case: Case, of_steps: list[Weights]) -> Weights:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", marked(LAYOUTS), ids=str)
+@pytest.mark.parametrize("case", marked(LAYOUTS, SLOW), ids=str)
 def test_an_average_is_that_of_the_weights_of_its_steps(case: Case) -> None:
     for rank in examined(case.tensor * case.data)[case]:
         assert rank.taken == len(case.due)
@@ -258,7 +255,7 @@ def test_an_average_is_that_of_the_weights_of_its_steps(case: Case) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    "case", marked([case for case in LAYOUTS if case.precision == "fp32"]), ids=str
+    "case", marked([case for case in LAYOUTS if case.precision == "fp32"], SLOW), ids=str
 )
 def test_averages_of_layouts_are_equal(case: Case) -> None:
     one = LAYOUTS[0]

@@ -33,6 +33,7 @@ from engine_support import (
 )
 from plain_gpt import IGNORED, PlainAdamW, PlainGPT, PlainShape
 from rounding import FP32
+from slow_cases import marked
 from torch import Tensor
 
 from megaphase.distributed.all_ranks import process_group
@@ -245,10 +246,6 @@ SLOW = [
 ]
 
 
-def marked(cases: list[Case]) -> list[Any]:
-    return [pytest.param(it, marks=pytest.mark.slow) if it in SLOW else it for it in cases]
-
-
 @dataclass(frozen=True)
 class Step:
     """Losses per token, in nats, and the norm of the gradients before clipping."""
@@ -419,7 +416,7 @@ def deviations(native: Curve, reference: Curve) -> dict[str, float]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", marked(CASES), ids=str)
+@pytest.mark.parametrize("case", marked(CASES, SLOW), ids=str)
 def test_curve_is_that_of_the_plain_model(case: Case) -> None:
     found = deviations(curve(case), plain_curve(case.variant))
     found["gradient norm"] /= CANCELLATION
@@ -444,7 +441,7 @@ def test_bf16_curve_is_near_the_fp32_curve(case: Case) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    "case", marked([each for each in CASES if each.variant == "odd vocabulary"]), ids=str
+    "case", marked([each for each in CASES if each.variant == "odd vocabulary"], SLOW), ids=str
 )
 def test_padding_rows_stay_zero(case: Case) -> None:
     rows = curve(case).padding_after

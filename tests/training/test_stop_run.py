@@ -170,7 +170,7 @@ def story(undisturbed: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
 
 @pytest.fixture(scope="module")
 def launched_story(undisturbed: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
-    """Signals that come to the launcher."""
+    """Signals to the launcher, and to rank 0 alone."""
     run_file = tmp_path_factory.mktemp("launched") / "run.yaml"
     run_file.write_text(undisturbed.read_text())
     run = Stopper(run_file)

@@ -20,6 +20,7 @@ from engine_support import (
     run_config,
     share,
 )
+from slow_cases import marked
 from torch import Tensor
 
 from megaphase.config.run import RunConfig
@@ -54,7 +55,6 @@ CASES = [
 ]
 QUICK = [Case(1, 2, 0, "fp32"), Case(1, 2, 2, "bf16"), Case(2, 2, 3, "fp32")]
 SLOW = [case for case in CASES if case not in QUICK]
-PARAMETERS = [*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)]
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def same(one: Weights, other: Weights) -> bool:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", PARAMETERS, ids=str)
+@pytest.mark.parametrize("case", marked(CASES, SLOW), ids=str)
 def test_reset_is_a_fresh_optimizer_on_the_same_weights(case: Case) -> None:
     for rank in comparisons(case.tensor * case.data, case in SLOW)[case]:
         assert same(rank.fresh_start, rank.at_switch)
@@ -153,7 +153,7 @@ def test_reset_is_a_fresh_optimizer_on_the_same_weights(case: Case) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", PARAMETERS, ids=str)
+@pytest.mark.parametrize("case", marked(CASES, SLOW), ids=str)
 def test_without_a_reset_the_old_moments_are_used(case: Case) -> None:
     for rank in comparisons(case.tensor * case.data, case in SLOW)[case]:
         assert same(rank.at_switch_again, rank.at_switch)  # the same training, done twice

@@ -31,6 +31,7 @@ from engine_support import (
 from plain_gpt import PlainGPT, PlainShape
 from pydantic import TypeAdapter
 from rounding import FP32, assert_close
+from slow_cases import marked
 from torch import Tensor
 
 from megaphase.checkpoint.parameters import StoredParameters
@@ -108,11 +109,7 @@ SLOW = [
 QUICK = [case for case in CASES if case not in SLOW]
 
 
-def marked(cases: list[Case]) -> list[Any]:
-    return [pytest.param(it, marks=pytest.mark.slow) if it in SLOW else it for it in cases]
-
-
-EACH, EACH_FP32 = marked(CASES), marked(FP32_CASES)
+EACH, EACH_FP32 = marked(CASES, SLOW), marked(FP32_CASES, SLOW)
 
 
 @dataclass(frozen=True)

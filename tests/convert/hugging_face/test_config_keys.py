@@ -17,6 +17,7 @@ import torch
 from hf_families import FAMILY_CONFIGS, SEQ_LEN, VOCAB
 from hf_support import make_transformers_model, megaphase_logits, random_tokens, take
 from rounding import FP32, deviation
+from slow_cases import marked
 
 from megaphase.utils.errors import InputError
 
@@ -120,9 +121,7 @@ def all_changes(family: str) -> Iterator[tuple[str, Any]]:
                 yield from ((key, new) for new in changed_rope(value))
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(it, marks=pytest.mark.slow) if it in SLOW else it for it in CONFIGS]
-)
+@pytest.mark.parametrize("family", marked(CONFIGS, SLOW))
 def test_every_key(
     family: str,
     tmp_path: Path,
