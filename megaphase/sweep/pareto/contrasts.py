@@ -58,7 +58,7 @@ class Contrast:
         bits: likewise in bits per byte; None if they are not known for all runs.
         best_of_all: difference in the mean loss, in nats, of the best of all settings of each arm,
             which favours the one with more of them.
-        on_validation: difference in the mean loss on the validation split.
+        on_validation: difference in the mean loss, in nats, on the validation split.
         chance: probability that the choice from k random settings of the arm has the lower mean
             loss, averaged over the seeds, than that from k of the other.
     """
@@ -71,7 +71,7 @@ class Contrast:
     nats: Differences
     bits: Differences | None
     best_of_all: Estimate
-    on_validation: float
+    on_validation: Estimate
     chance: float
 
     @property
@@ -84,11 +84,18 @@ class Contrast:
         """-1 or 1 if the mean loss is decided, otherwise 0.
 
         In nats and in bits per byte alike, and also if each arm has the best of all its settings:
-        an arm must neither win by its number of settings nor by that of the other's bad ones.
+        an arm must neither win by its number of settings nor by that of the other's bad ones. And
+        only if the mean on the validation split has the same sign: the intervals are about seeds,
+        but the documents of a split are a sample, too.
         """
         signs = {each.mean.sign for each in (self.nats, self.bits) if each is not None}
         signs.add(self.best_of_all.sign)
-        return signs.pop() if len(signs) == 1 else 0
+        return signs.pop() if len(signs) == 1 and not self.is_reversed else 0
+
+    @property
+    def is_reversed(self) -> bool:
+        """Whether the mean loss differs the other way on the validation split."""
+        return self.on_validation.mean * self.nats.mean.mean < 0
 
     @property
     def paying(self) -> list[str]:
@@ -159,7 +166,9 @@ def contrast(arm: ArmFront, other: ArmFront, model: str | None) -> Contrast | No
         nats=_differences(own, others, seeds, _nats),
         bits=bits,
         best_of_all=_paired(best, best_other, seeds, lambda point, seed: point.by_seed[seed].mean),
-        on_validation=own.on_validation - others.on_validation,
+        on_validation=_paired(
+            own, others, seeds, lambda point, seed: point.validation_by_seed[seed].mean
+        ),
         chance=chance_of_less(*own.drawn, *others.drawn),
     )
 
@@ -189,11 +198,6 @@ class _Choice:
             for seed in self.points[0].by_seed
             if all(seed in point.by_seed for point in self.points)
         ]
-
-    @property
-    def on_validation(self) -> float:
-        """The expected mean loss on the validation split."""
-        return self.expected(lambda point: point.chosen_by.mean)
 
     @property
     def drawn(self) -> tuple[list[float], Sequence[float]]:

@@ -223,11 +223,13 @@ def _contrasts(view: SweepView) -> Iterator[Row]:
                     *head, loss, unit, difference.mean, difference.error,
                     *_statistics(difference), adjusted if is_tested else None,
                 ]  # fmt: skip
-        best = each.best_of_all
-        yield [
-            *head, "mean, best of all settings", "nats_per_token", best.mean, best.error,
-            *_statistics(best), None,
-        ]  # fmt: skip
+        for loss, other in {
+            "mean, best of all settings": each.best_of_all,
+            "mean, validation split": each.on_validation,
+        }.items():
+            yield [
+                *head, loss, "nats_per_token", other.mean, other.error, *_statistics(other), None,
+            ]  # fmt: skip
 
 
 def _tokens_to_loss(view: SweepView) -> Iterator[Row]:

@@ -56,7 +56,8 @@ class Point:
         losses, high, low: on the reported split.
         by_seed: the losses of each run on the reported split.
         bits_by_seed: likewise in bits per byte; None if they are not known for all.
-        chosen_by: means over the seeds on the validation split.
+        validation_by_seed: the losses of each run on the validation split.
+        chosen_by: their means over the seeds.
     """
 
     setting: TriedSetting
@@ -66,6 +67,7 @@ class Point:
     low: Estimate
     by_seed: Mapping[int, RunLosses]
     bits_by_seed: Mapping[int, RunLosses] | None
+    validation_by_seed: Mapping[int, RunLosses]
     chosen_by: RunLosses
 
     @property
@@ -139,6 +141,9 @@ def _point(
             if has_bits
             else None
         ),
+        validation_by_seed={
+            trial.seed: RunLosses.of(outcome.losses, sweep) for trial, outcome in runs
+        },
         chosen_by=RunLosses.of(validation, sweep),
     )
 

@@ -151,7 +151,7 @@ def _compare(
     results = {each.result for each in contrasts}
     result = results.pop() if len(results) == 1 else "undecided"
     # The baseline against which it does worst on the validation split.
-    best = max(contrasts, key=lambda each: each.on_validation)
+    best = max(contrasts, key=lambda each: each.on_validation.mean)
     parts = [_numbers(best, several=len(contrasts) > 1), tasks_of(best), _sizes(best)]
     return result, _headlines(arm.arm, contrasts), "; ".join(part for part in parts if part)
 
@@ -199,6 +199,8 @@ def _numbers(contrast: Contrast, *, several: bool) -> str:
         text += f", {shown(contrast.bits.mean)} bits per byte"
         if contrast.bits.mean.sign == 0 != mean.sign:
             text += ", which is undecided"
+    if contrast.is_reversed and mean.sign != 0:
+        text += f", but on the validation split by {shown(contrast.on_validation)} nats"
     return text
 
 

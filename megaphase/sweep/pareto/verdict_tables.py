@@ -45,23 +45,7 @@ def contrast_tables(view: SweepView, fronts: ModelFronts) -> ContrastTables | No
     ]
     if not pairs:
         return None
-    count = len({_pair(each) for each in view.contrasts})
-    note = (
-        "Mean of high- and low-resource loss of the arm minus that of the other, seed by seed: "
-        "below 0 the arm is better. Of as many random settings of each arm as the smaller one has, "
-        "the one with the lowest mean loss on the validation split is chosen; its expected losses "
-        f"on the {view.split} split are compared. [95 % interval] from Student’s t over the seeds; "
-        "bold: without 0. Best of all: of all settings of each arm, which favours the arm with "
-        f"more of them. p, adj.: adjusted after Holm for the {count} "
-        f"{'pair' if count == 1 else 'pairs'} of arms of this report. Wins or loses: the intervals "
-        "of nats, bits per byte and best of all are on the same side of 0, and that of no task is "
-        "on the other."
-    )
-    columns = [
-        "arm", "with", "verdict", "nats per token", "p", "bits per byte", "best of all, nats",
-        "p, adj.", "settings",
-    ]  # fmt: skip
-    means = PageTable(columns, [_mean_row(view, *pair) for pair in pairs], note)
+    means = _means_table(view, pairs)
     tasks_note = "The same differences by group and task, nats per token; bold: without 0."
     tasks = PageTable(
         ["arm", "with", "high", "low", *view.tasks],
@@ -71,14 +55,47 @@ def contrast_tables(view: SweepView, fronts: ModelFronts) -> ContrastTables | No
     return ContrastTables(means, tasks)
 
 
-def _mean_row(view: SweepView, contrast: Contrast, adjusted: float | None) -> list[str | Cell]:
+def _means_table(view: SweepView, pairs: Sequence[tuple[Contrast, float | None]]) -> PageTable:
+    """Return the differences in the mean loss, without columns that would repeat another."""
+    also = {
+        "best of all, nats": any(c.settings != (c.k, c.k) for c, _ in pairs),
+        "validation split, nats": view.split == "test",
+    }
+    columns = [
+        "arm", "with", "verdict", "nats per token", "p", "bits per byte",
+        *(name for name, is_shown in also.items() if is_shown), "p, adj.", "settings",
+    ]  # fmt: skip
+    rows = [_mean_row(view, contrast, adjusted, columns) for contrast, adjusted in pairs]
+    count = len({_pair(each) for each in view.contrasts})
+    note = (
+        "Mean of high- and low-resource loss of the arm minus that of the other, seed by seed: "
+        "below 0 the arm is better. Of as many random settings of each arm as the smaller one has "
+        "(best of all: of all settings, which favours the arm with more of them), the one with the "
+        "lowest mean loss on the validation split is chosen; its expected losses on the "
+        f"{view.split} split are compared. [95 % interval] from Student’s t over the seeds; bold: "
+        f"without 0. p, adj.: adjusted after Holm for the {count} "
+        f"{'pair' if count == 1 else 'pairs'} of arms of this report. Wins or loses: every "
+        "interval of the row (on the validation split the mean) is on the same side of 0, and that "
+        "of no task is on the other."
+    )
+    return PageTable(columns, rows, note)
+
+
+def _mean_row(
+    view: SweepView, contrast: Contrast, adjusted: float | None, columns: Sequence[str]
+) -> list[str | Cell]:
     own, other = contrast.settings
     of = "" if own == other == contrast.k else f"of {own}, {other}"
     mean, bits, is_decided = contrast.nats.mean, contrast.bits, contrast.result != "undecided"
+    also = {
+        "best of all, nats": contrast.best_of_all,
+        "validation split, nats": contrast.on_validation,
+    }
     return [
         _arm(view, contrast.arm), contrast.against, Cell(contrast.result, bold=is_decided),
         _difference(mean), _p(mean.p), NOTHING if bits is None else _difference(bits.mean),
-        _difference(contrast.best_of_all), _p(adjusted), Cell(str(contrast.k), small=of),
+        *(_difference(found) for name, found in also.items() if name in columns),
+        _p(adjusted), Cell(str(contrast.k), small=of),
     ]  # fmt: skip
 
 

@@ -260,8 +260,8 @@ def test_labels_beside_points_cover_neither_each_other_nor_points():
 def test_contrasts_on_the_page_are_those_of_the_table(index, report):
     rows = numbers(index, "contrasts")
     contrasts = report.view.contrasts
-    # Mean, both groups and four tasks, in two units, and the best of all settings.
-    assert len(rows) == len(contrasts) * (2 * 7 + 1)
+    # Mean, both groups and four tasks, in two units, the best of all settings, the other split.
+    assert len(rows) == len(contrasts) * (2 * 7 + 2)
     first = contrasts[0]
     found = next(
         row
@@ -311,6 +311,17 @@ def test_losses_of_the_test_split_and_changes_are_told(tmp_path):
     row = numbers(index, "settings")[0]
     assert row["split"] == "test"
     assert float(row["high"]) == pytest.approx(float(row["validation_high"]) + 0.02)
+
+
+def test_differences_on_the_validation_split_are_beside_those_of_the_test_split(tmp_path):
+    report = SweepReport.of(write_sweep(tmp_path / "sweep", SMALL, test=True, seeds=[1, 2]))
+    index = report.write(tmp_path / "report")
+    (contrast,) = report.view.contrasts
+    head, row = (row for row in Page(index).rows if row[2] in ("verdict", contrast.result))
+    shown = dict(zip(head, row, strict=True))
+    found = contrast.on_validation
+    interval = f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+    assert shown["validation split, nats"] == interval
 
 
 def test_terminal_tables_fit_into_80_columns(report):

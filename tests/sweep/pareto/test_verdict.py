@@ -246,6 +246,27 @@ def test_two_units_that_disagree_decide_nothing():
     assert (found.nats.mean.sign, found.bits.mean.sign, found.result) == (-1, 1, "undecided")
 
 
+@pytest.mark.parametrize(("on_validation", "expected"), [(5.9, "wins"), (6.1, "undecided")])
+def test_the_documents_of_both_splits_must_agree(on_validation, expected):
+    """Lower by 0.5 on the test split for every seed, and by 0.1 less or more on the other."""
+    record = record_with((4.0, on_validation))
+    for trial in record.trials:
+        low = (5.0 if trial.arm == "two-phase" else 6.0) + SPREAD[trial.seed]
+        losses = {task: 4.0 if task in ("en", "fr") else low for task in ("en", "fr", "hi", "eu")}
+        found = record.outcomes[trial.name]
+        record.outcomes[trial.name] = found.model_copy(
+            update={"test": losses, "test_bits_per_byte": {}}
+        )
+    (found,) = contrasts_of(record, fronts_of(record))
+    assert found.nats.mean.mean == pytest.approx(-0.5)
+    assert found.on_validation.mean == pytest.approx((on_validation - 6.0) / 2)
+    assert (found.nats.mean.sign, found.result) == (-1, expected)
+    (verdict,) = verdicts(record)
+    assert verdict.outcome == expected
+    told = "but on the validation split by +0.050 [" in verdict.sentence
+    assert told == (expected == "undecided")
+
+
 def test_verdict_without_what_it_compares():
     (verdict,) = verdicts(record_with((3.9, 5.4), {"two-phase": ARMS["two-phase"]}))
     assert verdict.sentence == (
@@ -295,7 +316,7 @@ def point(losses):
     highs, lows = zip(*losses.values(), strict=True)
     high, low = estimate(highs), estimate(lows)
     means = RunLosses({"en": high.mean, "hi": low.mean}, high.mean, low.mean)
-    return Point(None, [], {"en": high, "hi": low}, high, low, by_seed, None, means)
+    return Point(None, [], {"en": high, "hi": low}, high, low, by_seed, None, by_seed, means)
 
 
 def arm_of(name, table):
