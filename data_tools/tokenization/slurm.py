@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megaphase.utils.files import make_directory
 from megaphase.utils.python_command import python_command
-from megaphase.utils.slurm import cancel, require_sbatch, submit
+from megaphase.utils.slurm import cancel, refuse_large_array, require_sbatch, submit
 
 # Options of sbatch that both jobs would get, and what to do instead.
 NOT_FOR_SBATCH = {
@@ -71,10 +71,11 @@ class ArrayOfShards:
     def submit(self) -> Submission:
         """Submit both jobs.
 
-        Raises InputError if there is no sbatch, and RunError if sbatch refuses a job; no job is
-        left in the queue then.
+        Raises InputError if there is no sbatch or this cluster's arrays take fewer tasks, and
+        RunError if sbatch refuses a job; no job is left in the queue then.
         """
         require_sbatch("--slurm", "run it on a login node, or use --workers")
+        refuse_large_array("--tasks", self.tasks, "pass --tasks {most}, or fewer")
         make_directory(self.logs)
         array = submit(self.array_script)
         try:

@@ -36,7 +36,7 @@ from megaphase.utils.arguments import train_options
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import make_directory, real_path
 from megaphase.utils.names import shown
-from megaphase.utils.slurm import cancel, sbatch_options, submit
+from megaphase.utils.slurm import cancel, refuse_large_array, sbatch_options, submit
 from megaphase.utils.validation_errors import as_input_error, hint
 from megaphase.utils.yaml_file import read_yaml
 
@@ -219,8 +219,10 @@ def submit_pipeline(pipeline: Pipeline, behind: Sequence[str] = ()) -> dict[str,
     behind: other jobs for whose end every step waits, even if they fail.
 
     Raises:
+        InputError: an array is larger than this cluster allows; nothing has been submitted.
         RunError: Slurm refuses a job; the others have been cancelled.
     """
+    _check_arrays(pipeline)
     make_directory(pipeline.logs_folder)
     outputs = [each for training in pipeline._trainings.values() for each in training.outputs]
     before = {output: read_job(output) for output in outputs}
@@ -247,6 +249,15 @@ def job_and_log(pipeline: Pipeline, name: str, job: str, task: int = 0) -> tuple
     """Return the id and the log of a step's job, or of one of its tasks if it is an array."""
     number = job if pipeline.steps[name].array is None else f"{job}_{task}"
     return number, pipeline.logs_folder / f"{name}-{number}.log"
+
+
+def _check_arrays(pipeline: Pipeline) -> None:
+    """Raise InputError if the largest array has more tasks than this cluster allows."""
+    arrays = {name: step.array for name, step in pipeline.steps.items() if step.array is not None}
+    if arrays:
+        largest = max(arrays, key=arrays.__getitem__)
+        where = pipeline.where(f"steps.{largest}.array")
+        refuse_large_array(where, arrays[largest], "split the step")
 
 
 def _dependencies(step: Step, jobs: Mapping[str, str], behind: Sequence[str]) -> list[str]:

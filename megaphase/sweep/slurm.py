@@ -11,6 +11,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ from megaphase.sweep.trial_run import (
 from megaphase.sweep.trials import Trial, all_trials, known_trials
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import atomic_write_text, make_directory, real_path, remove_directory
-from megaphase.utils.slurm import queued_jobs
+from megaphase.utils.slurm import USUAL_ARRAY_SIZE, max_array_size, queued_jobs
 
 NEXT = "next"
 PIPELINE_FILE = "pipeline.yaml"
@@ -112,8 +113,9 @@ def next_scripts(path: Path, program: Any) -> Iterator[tuple[str, Sequence[str],
     def write_run_file(trial: Trial, file: Path) -> None:
         atomic_write_text(file, run_file_text(trial))
 
+    groups = _groups(pending_runs, _array_size())
     pipeline = _write_round(
-        found, directory, jobs, pending_runs, folder, program, write_run_file=write_run_file
+        found, directory, jobs, groups, folder, program, write_run_file=write_run_file
     )
     for name, script in scripts(pipeline).items():
         yield name, pipeline.steps[name].after, script
@@ -237,6 +239,7 @@ class SlurmSweep:
         )
 
     def _submit(self, pending_runs: Sequence[PendingRun], behind: set[str], ended: int) -> None:
+        groups = _groups(pending_runs, _array_size())
         number = 1 + max(_rounds(self.directory), default=0)
         folder = self.directory.slurm / f"round-{number:03}"
         try:
@@ -244,17 +247,17 @@ class SlurmSweep:
                 self.sweep,
                 self.directory,
                 self.jobs,
-                pending_runs,
+                groups,
                 folder,
                 self.program,
                 write_run_file=self._link_run_file,
             )
-            self._link_results(_groups(pending_runs), folder)
+            self._link_results(groups, folder)
             jobs = submit_pipeline(pipeline, sorted(behind))
         except BaseException:
             remove_directory(folder)
             raise
-        self._remember(pipeline, jobs, _groups(pending_runs))
+        self._remember(pipeline, jobs, groups)
         total = len(all_trials(self.sweep))
         trained = f"round {number} trains {len(pending_runs)}"
         what = trained if pending_runs else f"{len(behind)} jobs of others are in the queue"
@@ -297,8 +300,13 @@ def _rounds(directory: SweepDirectory) -> list[int]:
     return [int(match[1]) for path in folders if (match := _ROUND.fullmatch(path.name))]
 
 
-def _groups(pending_runs: Sequence[PendingRun]) -> dict[str, list[PendingRun]]:
-    """Group runs that are started and measured in the same way."""
+def _array_size() -> int:
+    """Return how many runs an array may train."""
+    return max_array_size() or USUAL_ARRAY_SIZE
+
+
+def _groups(pending_runs: Sequence[PendingRun], most: int) -> Groups:
+    """Group runs that are started and measured in the same way, at most so many in a group."""
     groups: dict[str, list[PendingRun]] = {}
     for pending in pending_runs:
         trial, end_after = pending
@@ -313,14 +321,25 @@ def _groups(pending_runs: Sequence[PendingRun]) -> dict[str, list[PendingRun]]:
         if name in groups and groups[name][0].trial.phases[-1]["name"] != phase:
             name += f"-{phase}"
         groups.setdefault(name, []).append(pending)
-    return groups
+    return _split(groups, most)
+
+
+def _split(groups: Groups, most: int) -> Groups:
+    """Split larger groups; the further parts of `first-stage` are `first-stage-2` and so on."""
+    parts: dict[str, Sequence[PendingRun]] = {}
+    for name, members in groups.items():
+        numbered = (f"{name}-{number}" for number in count(2))
+        names = chain([name], (each for each in numbered if each not in groups))
+        for start in range(0, len(members), most):
+            parts[next(names)] = members[start : start + most]
+    return parts
 
 
 def _write_round(
     sweep: Sweep,
     directory: SweepDirectory,
     jobs: ClusterJobs,
-    pending_runs: Sequence[PendingRun],
+    groups: Groups,
     folder: Path,
     program: Any,
     *,
@@ -330,7 +349,6 @@ def _write_round(
 
     write_run_file: makes the file of this path the run file of a run.
     """
-    groups = _groups(pending_runs)
     for name, members in groups.items():
         make_directory(folder / name)
         for task, (trial, _) in enumerate(members):

@@ -17,12 +17,15 @@ from megaphase.utils.errors import InputError, RunError
 # In a job, where nobody is there to give a command again, it is repeated for so long while the
 # controller does not answer.
 RETRY_SECONDS, RETRY_EVERY_SECONDS = 300.0, 15.0
+# Slurm's default for MaxArraySize.
+USUAL_ARRAY_SIZE = 1001
 _NOT_REACHED = re.compile(
     "unable to contact|connect failure|connection refused|no route to host|temporarily unable", re.I
 )
 _NO_ANSWER = re.compile(
     f"{_NOT_REACHED.pattern}|timed out|zero bytes|connection reset|not connected", re.I
 )
+_ARRAY_LIMIT = re.compile(r"\b(?:MaxArraySize *=|max_array_tasks=) *(\d+)")
 _OPTION = re.compile(r"--([a-z-]+)(?:=.*)?", re.DOTALL)
 
 
@@ -57,6 +60,30 @@ def sbatch_options(text: str, refused: Mapping[str, str]) -> list[str]:
         if match[1] in refused:
             raise InputError("--sbatch", f"--{match[1]} is not allowed there", refused[match[1]])
     return options
+
+
+def max_array_size() -> int | None:
+    """Return how many tasks an array may have on this cluster; None if Slurm does not say."""
+    try:
+        found = _run(["scontrol", "show", "config"])
+    except OSError:
+        return None
+    return min(map(int, _ARRAY_LIMIT.findall(found.stdout)), default=None)
+
+
+def refuse_large_array(where: str, tasks: int, remedy: str) -> None:
+    """Raise an error if an array has more tasks than this cluster allows, as far as is known.
+
+    remedy: {most} in it stands for the limit.
+
+    Raises:
+        InputError: sbatch would refuse the array, and name neither the limit nor a remedy.
+    """
+    most = max_array_size()
+    if most is not None and tasks > most:
+        limit = f"at most {most:,} (MaxArraySize, max_array_tasks)"
+        problem = f"{tasks:,} tasks, but this cluster's arrays take {limit}"
+        raise InputError(where, problem, remedy.format(most=most))
 
 
 def submit(script: str, options: Sequence[str] = ()) -> str:

@@ -72,6 +72,30 @@ def test_outside_of_jobs_and_after_some_minutes_the_error_is_told(
         slurm.queued_jobs({"17"})
 
 
+@pytest.mark.parametrize(
+    ("configuration", "most"),
+    [
+        ("MailProg = /bin/mail\nMaxArraySize            = 1001\nMaxBatchRequeue = 5", 1001),
+        ("MaxArraySize = 100001\nSchedulerParameters = defer,max_array_tasks=500,x=1", 500),
+        ("MaxArraySize = 0", 0),
+        ("", None),
+    ],
+)
+def test_the_size_of_arrays(calls: Path, configuration: str, most: int | None) -> None:
+    answers(calls, "scontrol", TIMED_OUT, until=1, then=configuration)
+    assert slurm.max_array_size() == most
+
+
+def test_no_array_is_too_large_where_the_limit_is_not_known(
+    calls: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers(calls, "scontrol", TIMED_OUT, until=9)
+    slurm.refuse_large_array("--tasks", 5000, "pass --tasks {most}")
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert slurm.max_array_size() is None
+    slurm.refuse_large_array("--tasks", 5000, "pass --tasks {most}")
+
+
 def test_a_job_of_which_nothing_is_known_may_be_in_the_queue(calls: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     refuse_second_job(run_dir)

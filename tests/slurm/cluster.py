@@ -186,8 +186,12 @@ class Cluster:
 
 
 @contextmanager
-def start_cluster(folder: Path, nodes: Sequence[str] = NODES) -> Iterator[Cluster]:
+def start_cluster(
+    folder: Path, nodes: Sequence[str] = NODES, **settings: object
+) -> Iterator[Cluster]:
     """Start a cluster with its files in `folder`; takes less than a second.
+
+    settings: further ones of slurm.conf, such as MaxArraySize=3.
 
     Call it from the main thread: the daemons die with the thread that started them.
     """
@@ -195,7 +199,7 @@ def start_cluster(folder: Path, nodes: Sequence[str] = NODES) -> Iterator[Cluste
         # A Unix socket's path must be short.
         short = running.enter_context(tempfile.TemporaryDirectory(prefix="munge-"))
         munge_socket = Path(short, "socket")
-        configuration = write_configuration(folder, munge_socket, nodes)
+        configuration = write_configuration(folder, munge_socket, nodes, settings)
         running.callback(start_munge(folder, munge_socket, folder / "hosts").kill)
         cluster = Cluster(folder, configuration)
         running.callback(cluster.kill_all)

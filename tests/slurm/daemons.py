@@ -8,7 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -90,7 +90,9 @@ def start_munge(folder: Path, socket_path: Path, hosts: Path) -> Daemon:
     return daemon
 
 
-def write_configuration(folder: Path, munge_socket: Path, nodes: Sequence[str]) -> Path:
+def write_configuration(
+    folder: Path, munge_socket: Path, nodes: Sequence[str], further: Mapping[str, object]
+) -> Path:
     """Write slurm.conf, gres.conf and a hosts file in which every host is this machine.
 
     Settings that make this cluster react fast:
@@ -145,6 +147,7 @@ def write_configuration(folder: Path, munge_socket: Path, nodes: Sequence[str]) 
         "MessageTimeout": 5,
         "KillWait": 10,
         "SchedulerParameters": "batch_sched_delay=0,sched_interval=1,bf_interval=1",
+        **further,
     }
     node = f"CPUs={NODE_CPUS} RealMemory={NODE_MEGABYTES} Gres=gpu:{NODE_GPUS} NodeAddr=127.0.0.1"
     lines = [f"{name}={value}" for name, value in settings.items()]

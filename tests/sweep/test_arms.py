@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -306,7 +307,7 @@ def test_runs_of_one_array_have_one_command_apart_from_the_run_file() -> None:
     directory, file = SweepDirectory(sweep.output), Path("x.yaml")
     known = known_trials(sweep, outcomes)
     ready = [trial for trial in ready_trials(known, outcomes) if trial.source]
-    groups = _groups([PendingRun(trial, None) for trial in ready])
+    groups = _groups([PendingRun(trial, None) for trial in ready], most=1001)
     assert len(groups) == 5
     for name, pending_runs in groups.items():
         assert name.startswith(first.name)
@@ -322,6 +323,20 @@ def test_runs_of_one_array_have_one_command_apart_from_the_run_file() -> None:
             for trial, _ in pending_runs
         }
         assert len(commands) == 1
+
+
+def test_large_groups_are_split_under_names_that_no_other_has() -> None:
+    """The last runs begin from a first stage whose name is that of another's second part."""
+    trial = all_trials(sweep_of(Path("somewhere/sweep"), {"static": {"rates": [0.1]}}))[0]
+    runs = [
+        PendingRun(replace(trial, source=source, seed=seed), None)
+        for source, seeds in (("a", 5), ("a-2", 2))
+        for seed in range(seeds)
+    ]
+    groups = _groups(runs, most=2)
+    assert list(groups) == ["a", "a-3", "a-4", "a-2"]
+    assert [len(members) for members in groups.values()] == [2, 2, 1, 2]
+    assert [each for members in groups.values() for each in members] == runs
 
 
 def test_settings_name_what_differs() -> None:
