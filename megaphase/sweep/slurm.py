@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
@@ -56,7 +57,13 @@ from megaphase.sweep.trial_run import (
 )
 from megaphase.sweep.trials import Trial, all_trials, known_trials
 from megaphase.utils.errors import InputError
-from megaphase.utils.files import atomic_write_text, make_directory, real_path, remove_directory
+from megaphase.utils.files import (
+    atomic_write_text,
+    last_lines,
+    make_directory,
+    real_path,
+    remove_directory,
+)
 from megaphase.utils.slurm import USUAL_ARRAY_SIZE, max_array_size, queued_jobs
 
 NEXT = "next"
@@ -201,8 +208,8 @@ class SlurmSweep:
         if cut_off is not None and not self._is_the_next_job():
             return None
         if log.exists():
-            with open(self.directory.log(trial.name), "ab") as file_of_run:
-                file_of_run.write(log.read_bytes())
+            with open(log, "rb") as source, open(self.directory.log(trial.name), "ab") as target:
+                shutil.copyfileobj(source, target)
         return Outcome(failed=cut_off or _reason(log))
 
     def _missing(self, trial: Trial) -> str:
@@ -426,5 +433,4 @@ def _reason(log: Path) -> str:
 
 
 def _last_lines(log: Path) -> list[str]:
-    text = log.read_text(errors="replace") if log.exists() else ""
-    return [line for line in text.splitlines() if line.strip()][-_LAST_LINES:]
+    return last_lines(log)[-_LAST_LINES:] if log.exists() else []

@@ -24,6 +24,7 @@ from megaphase.sweep.planning.pruning import (
 from megaphase.sweep.sweep import Sweep
 from megaphase.sweep.trials import Trial
 from megaphase.utils.errors import InputError
+from megaphase.utils.files import last_lines
 
 
 def train_arguments(
@@ -165,5 +166,5 @@ def collect_results(
 
 def last_line(log: Path) -> str:
     """Return the last message of a run, without the program's name."""
-    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-    return next((line.removeprefix("megaphase: ") for line in reversed(lines) if line.strip()), "")
+    lines = last_lines(log) if log.exists() else []
+    return lines[-1].removeprefix("megaphase: ") if lines else ""

@@ -81,6 +81,17 @@ def read_file(path: Path, *, pipes: bool = False) -> bytes:
         os.close(descriptor)
 
 
+def last_lines(path: Path, most_bytes: int = 1 << 16) -> list[str]:
+    """Return the last lines of a text that may be long; blank ones are left out.
+
+    most_bytes: only so many at the end are read. The first line may have lost its beginning.
+    """
+    with open(path, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - most_bytes))
+        text = file.read(most_bytes).decode(errors="replace")
+    return [line for line in text.splitlines() if line.strip()]
+
+
 def read_json(path: Path) -> Any:
     """Return the value in a JSON file; raise OSError as `read_file`, ValueError if it is not
     JSON."""
