@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -43,6 +44,21 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existin
 def available_cores() -> int:
     """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def by_language(arguments: Sequence[str], option: str) -> dict[str, list[str]]:
+    """Return what an option's `LANGUAGE=FILE` arguments name, by language: one may have several.
+
+    Raises:
+        InputError: an argument is of another form.
+    """
+    named: dict[str, list[str]] = {}
+    for argument in arguments:
+        language, equals, file = argument.partition("=")
+        if not (language and equals and file):
+            raise InputError(option, f"{argument!r} is not LANGUAGE=FILE", "write en=en.jsonl.gz")
+        named.setdefault(language, []).append(file)
+    return named
 
 
 def reading_of(

@@ -14,7 +14,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megaphase.data_tools.options import JsonKey, Overwrite, Separator, Template, reading_of
+from megaphase.data_tools.options import (
+    JsonKey,
+    Overwrite,
+    Separator,
+    Template,
+    by_language,
+    reading_of,
+)
 from megaphase.utils.arguments import MOST, MOST_SEED, finite, named
 from megaphase.utils.errors import InputError
 from megaphase.utils.standard_streams import new_console
@@ -131,7 +138,7 @@ def train_tokenizer_command(
     from megaphase.data_tools.tokenizers.train import train_tokenizer
 
     reading = reading_of(json_key, template, separator)
-    files = _by_language(inputs)
+    files = _files_by_language(inputs)
     check_options(chain(*files.values()), reading)
     record = train_tokenizer(
         files,
@@ -201,7 +208,7 @@ def extend_tokenizer_command(
     from megaphase.data_tools.tokenizers.extend import extend_tokenizer
 
     reading = reading_of(json_key, template, separator)
-    files, checks = _by_language(inputs), _by_language(check, "--check")
+    files, checks = _files_by_language(inputs), _files_by_language(check, "--check")
     check_options(chain(*files.values(), *checks.values()), reading)
     record, languages = extend_tokenizer(
         base,
@@ -261,7 +268,7 @@ def inspect_tokenizer_command(
 
     tokenizer = Tokenizer.load(path)
     reading = reading_of(json_key, template, separator)
-    files = _by_language(inputs)
+    files = _files_by_language(inputs)
     check_options(chain(*files.values()), reading)
     measured = {
         language: measure_fertility(
@@ -281,17 +288,12 @@ def inspect_tokenizer_command(
         )
 
 
-def _by_language(inputs: list[str], option: str = "--input") -> dict[str, list[InputPath]]:
+def _files_by_language(inputs: list[str], option: str = "--input") -> dict[str, list[InputPath]]:
     """Group the files of an option's `LANGUAGE=FILE` arguments by language."""
     from megaphase.data_tools.text import expand_inputs
 
-    files: dict[str, list[str]] = {}
-    for text in inputs:
-        language, equals, file = text.partition("=")
-        if not (language and equals and file):
-            raise InputError(option, f"{text!r} is not LANGUAGE=FILE", "write en=en.jsonl.gz")
-        files.setdefault(language, []).append(file)
-    return {language: expand_inputs(names) for language, names in files.items()}
+    named = by_language(inputs, option)
+    return {language: expand_inputs(names) for language, names in named.items()}
 
 
 def _temperature(alpha: float | None, temperature: float | None) -> float:

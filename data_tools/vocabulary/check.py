@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.table import Table
 
 from megaphase.corpus import Corpus
+from megaphase.data_tools.options import by_language
 from megaphase.data_tools.text import (
     InputPath,
     Reading,
@@ -39,7 +40,10 @@ _CAPTION = (
 def check_texts(
     arguments: Sequence[str], base: Tokenizer, reading: Reading
 ) -> dict[str, list[str]]:
-    """Return the first 16 KiB of text of each `LANGUAGE=FILE`; a file may be a corpus's prefix.
+    """Return the first 16 KiB of text of each language of `LANGUAGE=FILE`.
+
+    A file may be a corpus's prefix. The text of a language with several files is that of one after
+    the other, corpora last.
 
     base: the tokenizer of corpora, whose text is decoded.
 
@@ -47,24 +51,19 @@ def check_texts(
         InputError: an argument is of another form, a file cannot be read or has no text, or a
             corpus is of another tokenizer.
     """
-    named: dict[str, str] = {}
-    for argument in arguments:
-        language, equals, file = argument.partition("=")
-        if not (language and equals and file):
-            problem = f"{argument!r} is not LANGUAGE=FILE"
-            raise InputError("--check", problem, "write en=en.jsonl.gz")
-        if language in named:
-            raise InputError("--check", f"{language!r} is given twice", "leave one out")
-        named[language] = file
-    files = {file: expand_inputs([file]) for file in named.values() if not _is_corpus(file)}
+    named = by_language(arguments, "--check")
+    files = {
+        language: expand_inputs([name for name in names if not _is_corpus(name)])
+        for language, names in named.items()
+    }
     check_options(chain(*files.values()), reading)
     texts: dict[str, list[str]] = {}
-    for language, file in named.items():
-        paths = files.get(file)
-        documents = _of_corpus(Path(file), base) if paths is None else _of_files(paths, reading)
-        texts[language] = list(_first(documents))
+    for language, names in named.items():
+        corpora = (_of_corpus(Path(name), base) for name in names if _is_corpus(name))
+        texts[language] = list(_first(chain(_of_files(files[language], reading), *corpora)))
         if not texts[language]:
-            raise InputError(file, f"no text of {language!r}", "give a file that holds text")
+            where = ", ".join(names)
+            raise InputError(where, f"no text of {language!r}", "give a file that holds text")
     return texts
 
 
