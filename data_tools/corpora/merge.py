@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -37,6 +37,7 @@ def merge(
     drop_duplicates: bool = False,
     shuffle_seed: int | None = None,
     overwrite: bool = False,
+    before_publishing: Callable[[Manifest], object] = lambda _: None,
     console: Console | None = None,
 ) -> Manifest:
     """Write the documents of all corpora, in order, into the corpus with the prefix `out`.
@@ -47,6 +48,7 @@ def merge(
     Args:
         drop_duplicates: whether to leave out a document that repeats an earlier one.
         shuffle_seed: put the documents into a random order that depends only on this seed.
+        before_publishing: see CorpusWriter.
 
     Raises InputError, and leaves nothing behind, if a corpus is damaged, is named twice, was made
     with another tokenizer or holds another kind of documents than the first; if conversations
@@ -82,6 +84,7 @@ def merge(
         turn_end=first.turn_end if len({each.turn_end for each in manifests}) == 1 else None,
         with_origins=any(SOURCES_SUFFIX in manifest.files for manifest in manifests),
         overwrite=overwrite,
+        before_publishing=before_publishing,
     )
     size = sum(map(size_of, corpora))
     with writer, write_errors(out), reading_progress(console, "merging", size) as advance:
@@ -103,8 +106,12 @@ def merge(
 
 def remove_corpus(prefix: Path) -> None:
     """Remove a corpus's files, the manifest first: files without a manifest are not a corpus."""
-    files = Manifest.read(prefix).files
-    for suffix in (".json", *files):
+    remove_files(prefix, Manifest.read(prefix).files)
+
+
+def remove_files(prefix: Path, suffixes: Iterable[str]) -> None:
+    """Remove the manifest and the data files of a corpus that have these suffixes."""
+    for suffix in (MANIFEST_SUFFIX, *suffixes):
         corpus_file(prefix, suffix).unlink(missing_ok=True)
 
 
