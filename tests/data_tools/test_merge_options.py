@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,11 +29,12 @@ from megaphase.corpus.batch import batches_of
 from megaphase.corpus.manifest import ShardOf
 from megaphase.data_tools.commands import data_app
 from megaphase.data_tools.corpora import duplicates, removal, shuffle
+from megaphase.data_tools.corpora import merge as merge_module
 from megaphase.data_tools.corpora.merge import merge
 from megaphase.data_tools.corpora.verify import verify_corpus
 from megaphase.data_tools.shards import ShardChoice, existing_shards
 from megaphase.data_tools.tokenization.tokenize import tokenize
-from megaphase.utils.errors import InputError
+from megaphase.utils.errors import InputError, RunError
 
 EOD = 0
 
@@ -272,3 +276,63 @@ def test_a_corpus_that_is_replaced_during_the_merge_is_not_removed(
     removal.merge_and_remove([tmp_path / "a", tmp_path / "b"], tmp_path / "en")
     assert megatron_documents(tmp_path / "en") == [[1, EOD], [2, EOD]]
     assert megatron_documents(tmp_path / "b") == [[5, EOD]]
+
+
+@pytest.mark.parametrize(
+    ("options", "needed"),
+    [
+        ({}, None),  # the size of the inputs' files
+        ({"shuffle_seed": 1}, None),
+        ({"drop_duplicates": True}, 2 * 2 * 11),  # two documents of ten tokens of two bytes
+    ],
+)
+def test_a_disk_that_is_too_small_for_a_merge_is_found_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict, needed: int | None
+) -> None:
+    prefixes = [
+        write(tmp_path / name, [[token] * 10 for token in tokens])
+        for name, tokens in (("a", (1, 2, 1)), ("b", (2, 2)))
+    ]
+    files = [path for name in "ab" for path in tmp_path.glob(f"{name}.*") if path.suffix != ".json"]
+    if needed is None:
+        needed = sum(path.stat().st_size for path in files)
+    usage = SimpleNamespace(free=needed - 1)
+    monkeypatch.setattr(merge_module.shutil, "disk_usage", lambda path: usage)
+    said = (
+        r"c: the corpus needs 0\.000 GB, the disk has 0\.000 GB left; make room or choose another"
+    )
+    with pytest.raises(RunError, match=said):
+        merge(prefixes, tmp_path / "out" / "c", **options)
+    assert files_of(tmp_path / "out") == []
+    usage.free += 1
+    merge(prefixes, tmp_path / "out" / "c", **options)
+
+
+def test_what_is_sorted_on_disk_is_counted_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "a", [[1] * 10] * 50)
+    monkeypatch.setattr(shuffle, "_BUCKET_BYTES", 100)
+    size = sum(p.stat().st_size for p in tmp_path.glob("a.*") if p.suffix != ".json")
+    tokens = (tmp_path / "a.bin").stat().st_size
+    usage = SimpleNamespace(free=size + tokens - 1)
+    monkeypatch.setattr(merge_module.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(RunError, match="the disk has"):
+        merge([tmp_path / "a"], tmp_path / "b", shuffle_seed=1)
+    usage.free += 1
+    merge([tmp_path / "a"], tmp_path / "b", shuffle_seed=1)
+
+
+def test_a_merge_onto_a_disk_that_is_too_small_writes_nothing(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only a privileged user may mount a small disk")
+    try:
+        write(tmp_path / "a", [[1] * 10_000] * 5)
+        with pytest.raises(RunError, match=r"needs 0\.000 GB, the disk has"):
+            merge([tmp_path / "a"], disk / "c")
+        assert files_of(disk) == []
+    finally:
+        subprocess.run(["umount", disk], check=True)
