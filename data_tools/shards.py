@@ -19,7 +19,8 @@ MOST_SHARDS = 99_999
 class ShardChoice:
     """Shard `number` (from 0) of `of` shards; each covers an equal share of the bytes on disk.
 
-    by_file: it has the whole files that begin in its share.
+    by_file: it has whole files, about as many bytes as the others; none is without a file while
+        another has two.
     """
 
     number: int
@@ -59,18 +60,38 @@ class FilePart:
 def parts_of(paths: Sequence[InputPath], shard: ShardChoice) -> Iterator[FilePart]:
     """Yield the parts of the files that belong to a shard, in order."""
     sizes = [size_on_disk(path) for path in paths]
+    if shard.by_file:
+        for file, number in enumerate(_shards_of_files(sizes, shard.of)):
+            if number == shard.number:
+                yield FilePart(file, 0, None)
+        return
     total = sum(sizes)
     low, high = (total * number // shard.of for number in (shard.number, shard.number + 1))
     for file, (size, ends) in enumerate(zip(sizes, accumulate(sizes), strict=True)):
         begins = ends - size
-        if shard.by_file:
-            if low <= begins < high or (begins == total == high):
-                yield FilePart(file, 0, None)
-            continue
         # Standard input has no size.
         if (begins < high and ends > low) or shard == WHOLE:
             end = None if high >= ends else high - begins
             yield FilePart(file, max(low - begins, 0), end)
+
+
+def _shards_of_files(sizes: Sequence[int], of: int) -> Iterator[int]:
+    """Yield the shard of every file, in ascending order: that of its middle byte, if no shard is
+    thereby left without a file."""
+    total = max(1, sum(sizes))
+    shard = -1
+    for file, (size, ends) in enumerate(zip(sizes, accumulate(sizes), strict=True)):
+        of_middle = (2 * ends - size) * of // (2 * total)
+        least = of - (len(sizes) - file)  # what follows then suffices for the shards that follow
+        shard = min(max(of_middle, least, shard, 0), shard + 1, of - 1)
+        yield shard
+
+
+def begun_shards(prefix: Path) -> set[tuple[int, int]]:
+    """Return (I, N) of the shards of a corpus that are there or have been begun."""
+    name = rf"\.?{re.escape(prefix.name)}\.shard-(\d+)-of-(\d+)(\.draft|{MANIFEST_SUFFIX})"
+    found = (re.fullmatch(name, path.name) for path in prefix.parent.glob("*"))
+    return {(int(match[1]), int(match[2])) for match in found if match}
 
 
 def refuse_other_shards(out: Path, of: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -11,7 +11,6 @@ from rich.table import Table
 from megaphase.data_tools.options import Dedup, Overwrite, Shuffle, Workers, available_cores
 from megaphase.utils.arguments import finite, named
 from megaphase.utils.errors import InputError
-from megaphase.utils.files import real_path
 from megaphase.utils.standard_streams import new_console
 
 if TYPE_CHECKING:
@@ -134,24 +133,22 @@ def merge_command(
 
     Example: megaphase data merge data/en-1 data/en-2 --out data/en --dedup
     """
-    from megaphase.data_tools.corpora.merge import merge, remove_corpus
+    from megaphase.data_tools.corpora.merge import merge
+    from megaphase.data_tools.corpora.removal import merge_and_remove
     from megaphase.data_tools.shards import existing_shards
 
     if shards == bool(prefixes):
         raise InputError("--shards", "cannot be combined with prefixes", "give one of them")
-    chosen = existing_shards(out) if shards else prefixes or []
-    manifest = merge(
-        chosen,
-        out,
-        drop_duplicates=dedup,
-        shuffle_seed=shuffle,
-        overwrite=overwrite,
-        console=new_console(stderr=True),
-    )
+    options: dict[str, Any] = {
+        "drop_duplicates": dedup,
+        "shuffle_seed": shuffle,
+        "overwrite": overwrite,
+        "console": new_console(stderr=True),
+    }
     if remove:
-        for prefix in chosen:
-            if real_path(prefix) != real_path(out):
-                remove_corpus(prefix)
+        manifest = merge_and_remove(prefixes or None, out, **options)
+    else:
+        manifest = merge(prefixes or existing_shards(out), out, **options)
     print_corpora({out: manifest})
 
 

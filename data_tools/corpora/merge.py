@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -20,14 +21,15 @@ from megaphase.corpus.manifest import (
 from megaphase.corpus.origins import Origins
 from megaphase.corpus.writer import write_errors
 from megaphase.data_tools.corpora.duplicates import find_duplicates
-from megaphase.data_tools.corpora.shuffle import shuffled
+from megaphase.data_tools.corpora.shuffle import is_sorted_on_disk, shuffled
 from megaphase.data_tools.corpora.verify import Advance, checked_batches, size_of
-from megaphase.utils.errors import InputError
+from megaphase.utils.errors import InputError, RunError
 from megaphase.utils.files import real_path
 from megaphase.utils.open_files import allow_many_open_files
 from megaphase.utils.progress import reading_progress
 
 _FILES_OF_A_CORPUS = 8  # at most, that are open at a time
+_READ_DOCUMENTS = 1 << 20  # at a time
 
 
 def merge(
@@ -37,6 +39,7 @@ def merge(
     drop_duplicates: bool = False,
     shuffle_seed: int | None = None,
     overwrite: bool = False,
+    before_publishing: Callable[[Manifest], object] = lambda _: None,
     console: Console | None = None,
 ) -> Manifest:
     """Write the documents of all corpora, in order, into the corpus with the prefix `out`.
@@ -47,10 +50,12 @@ def merge(
     Args:
         drop_duplicates: whether to leave out a document that repeats an earlier one.
         shuffle_seed: put the documents into a random order that depends only on this seed.
+        before_publishing: see CorpusWriter.
 
     Raises InputError, and leaves nothing behind, if a corpus is damaged, is named twice, was made
     with another tokenizer or holds another kind of documents than the first; if conversations
-    have different chat templates; if shards of a corpus are missing; or if `out` exists.
+    have different chat templates; if shards of a corpus are missing; or if `out` exists. Raises
+    RunError if the disk has too little space, before anything but keys of documents is written.
     """
     if not prefixes:
         raise InputError("", "no corpus was given", "name at least one prefix")
@@ -82,17 +87,21 @@ def merge(
         turn_end=first.turn_end if len({each.turn_end for each in manifests}) == 1 else None,
         with_origins=any(SOURCES_SUFFIX in manifest.files for manifest in manifests),
         overwrite=overwrite,
+        before_publishing=before_publishing,
     )
     size = sum(map(size_of, corpora))
     with writer, write_errors(out), reading_progress(console, "merging", size) as advance:
         batches = _checked(corpora, names, lambda size: advance(size, size))
+        needed, tokens = size, sum(corpus.tokens.nbytes for corpus in corpora)
         if drop_duplicates:
             is_duplicate = find_duplicates(corpora, out.parent)
             writer.count_skipped(duplicates=int(is_duplicate.sum()))
             batches = _without(is_duplicate, batches)
+            needed = tokens = _bytes_of_tokens(corpora, is_duplicate)
         if shuffle_seed is not None:
-            tokens = sum(corpus.tokens.nbytes for corpus in corpora)
+            needed += tokens if is_sorted_on_disk(tokens) else 0
             batches = shuffled(batches, tokens, shuffle_seed, out.parent)
+        _check_space(out, needed)
         for batch in batches:
             writer.add_batch(batch)
         for prefix, manifest in zip(prefixes, manifests, strict=True):
@@ -101,10 +110,35 @@ def merge(
     return writer.manifest
 
 
+def _bytes_of_tokens(corpora: Sequence[Corpus], drop: np.ndarray) -> int:
+    """Return the size of the documents' tokens without the documents marked in `drop`."""
+    size = first = 0
+    for corpus in corpora:
+        for start in range(0, len(corpus.lengths), _READ_DOCUMENTS):
+            lengths = corpus.lengths[start : start + _READ_DOCUMENTS]
+            kept = ~drop[first : first + len(lengths)]
+            size += int(lengths[kept].sum(dtype=np.int64)) * corpus.tokens.itemsize
+            first += len(lengths)
+    return size
+
+
+def _check_space(out: Path, needed: int) -> None:
+    free = shutil.disk_usage(out.parent).free
+    if needed > free:
+        raise RunError(
+            f"{out}: the corpus needs {needed / 1e9:,.3f} GB, the disk has {free / 1e9:,.3f} GB "
+            "left; make room or choose another --out"
+        )
+
+
 def remove_corpus(prefix: Path) -> None:
     """Remove a corpus's files, the manifest first: files without a manifest are not a corpus."""
-    files = Manifest.read(prefix).files
-    for suffix in (".json", *files):
+    remove_files(prefix, Manifest.read(prefix).files)
+
+
+def remove_files(prefix: Path, suffixes: Iterable[str]) -> None:
+    """Remove the manifest and the data files of a corpus that have these suffixes."""
+    for suffix in (MANIFEST_SUFFIX, *suffixes):
         corpus_file(prefix, suffix).unlink(missing_ok=True)
 
 

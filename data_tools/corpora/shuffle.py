@@ -40,6 +40,11 @@ def shuffled(
     return _sorted(_keyed(batches, derive_key(seed, "shuffle")), total_bytes, 0, folder)
 
 
+def is_sorted_on_disk(total_bytes: int) -> bool:
+    """Return whether `shuffled` writes documents with so many bytes of tokens to files."""
+    return total_bytes > _BUCKET_BYTES
+
+
 def random_keys(first: int, count: int, key: int) -> np.ndarray:
     """Return u64 [count] for the indices from `first` on: SplitMix64 (Steele et al. 2014)."""
     with np.errstate(over="ignore"):
@@ -61,7 +66,7 @@ def _sorted(
     batches: Iterable[KeyedBatch], total_bytes: int, used_bits: int, folder: Path
 ) -> Iterator[DocumentBatch]:
     """Sort by the keys, whose first `used_bits` bits are all equal."""
-    if total_bytes <= _BUCKET_BYTES or used_bits == _KEY_BITS:
+    if not is_sorted_on_disk(total_bytes) or used_bits == _KEY_BITS:
         if keyed := list(batches):
             # A stable sort: documents with equal keys keep their order.
             order = np.argsort(np.concatenate([keys for keys, _ in keyed]), kind="stable")

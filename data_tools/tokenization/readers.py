@@ -38,6 +38,7 @@ def reader_count(inputs: Sequence[InputPath], workers: int) -> int:
 def tokenize_parts(
     tokenize_part: Callable[[ShardChoice, Advance], object],
     readers: int,
+    at_once: int,
     total_bytes: int,
     console: Console | None,
 ) -> None:
@@ -45,6 +46,8 @@ def tokenize_parts(
 
     Args:
         tokenize_part: called in the other processes, with a function that counts bytes; pickled.
+        readers: the number of parts.
+        at_once: how many of them are tokenized at a time.
         total_bytes: of the files of all parts.
         console: where to show progress.
 
@@ -56,7 +59,7 @@ def tokenize_parts(
     with (
         reading_progress(console, "tokenizing", total_bytes) as advance,
         _shown(task.counts, advance),
-        closing(ordered_map(task, range(readers), readers, with_children=True)) as parts,
+        closing(ordered_map(task, range(readers), at_once, with_children=True)) as parts,
     ):
         for _ in parts:
             pass

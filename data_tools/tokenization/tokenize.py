@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import glob
+from collections import Counter
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,10 +16,11 @@ from megaphase.chats.encoder import ChatEncoder
 from megaphase.chats.tokenizers_library import check_keeps_control_tokens
 from megaphase.corpus import CorpusWriter, Manifest
 from megaphase.corpus.manifest import ShardOf
+from megaphase.corpus.staging import saved_documents
 from megaphase.corpus.writer import refuse_existing, refuse_own_input
 from megaphase.data_tools.corpora.merge import merge, remove_corpus
 from megaphase.data_tools.ordered_pool import ordered_map
-from megaphase.data_tools.shards import WHOLE, ShardChoice, parts_of
+from megaphase.data_tools.shards import WHOLE, ShardChoice, begun_shards, parts_of
 from megaphase.data_tools.text import (
     CHUNK_BYTES,
     STDIN,
@@ -90,7 +92,8 @@ class Tokenization:
                 "reading": reading,
                 "tag": self.tag,
                 **template,
-                **({"by_file": True} if self.shard.by_file else {}),
+                # By another number than in earlier versions, which gave readers other files.
+                **({"by_file": 2} if self.shard.by_file else {}),
             }
         )
 
@@ -98,6 +101,12 @@ class Tokenization:
     def shard_record(self) -> ShardOf:
         """The record of this shard for the manifest."""
         return ShardOf(job=self.job, number=self.shard.number, of=self.shard.of)
+
+    @property
+    def shard_job(self) -> str:
+        """A digest of everything, by which a killed writer's work is known; empty if the input
+        cannot be read again."""
+        return hash_json(self.shard_record.model_dump()) if self.can_be_resumed else ""
 
     @property
     def can_be_resumed(self) -> bool:
@@ -156,7 +165,6 @@ def tokenize(
                 f"Warning: {where}: {remark}", soft_wrap=True, highlight=False, markup=False
             )
     in_order = not drop_duplicates and shuffle_seed is None
-    readers = reader_count(inputs, workers) if shard == WHOLE else 1
     if shard != WHOLE:
         if not in_order:
             problem = "--dedup and --shuffle need all shards"
@@ -166,23 +174,25 @@ def tokenize(
             return Manifest.read(prefix)
         return _encode(tokenization, prefix, True, workers, skip_wrong, overwrite, console)
     prefix = out.with_name(f".{out.name}.unordered")
+    wanted = reader_count(inputs, workers)
+    readers = _readers_begun(tokenization, out if in_order else prefix, prefix, wanted)
     if in_order and readers == 1:
         found = _encode(tokenization, out, False, workers, skip_wrong, overwrite, console)
         _remove_other_parts(prefix)
         return found
     if not overwrite:
         refuse_existing(out)
+    at_once = min(readers, workers)
     part = partial(
-        _encode_part, inputs, tokenizer_dir, reading, tag, prefix, max(workers // readers, 1),
-        skip_wrong,
-    )  # fmt: skip
+        _encode_part, inputs, tokenizer_dir, reading, tag, prefix, workers // at_once, skip_wrong
+    )
     if readers == 1:
         parts = [prefix]
         if not _is_whole(prefix, tokenization):
             _encode(tokenization, prefix, True, workers, skip_wrong, True, console)
     else:
         parts = [ShardChoice(number, readers).prefix(prefix) for number in range(readers)]
-        tokenize_parts(part, readers, sum(map(size_on_disk, inputs)), console)
+        tokenize_parts(part, readers, at_once, sum(map(size_on_disk, inputs)), console)
     manifest = merge(
         parts,
         out,
@@ -197,11 +207,32 @@ def tokenize(
     return manifest
 
 
+def _readers_begun(tokenization: Tokenization, whole: Path, prefix: Path, wanted: int) -> int:
+    """Return with how many readers to go on: with those of a killed run of the same job, since the
+    parts of one number are of no use to another; with the `wanted` ones if none has saved text.
+
+    whole: prefix of what one reader writes; prefix: of the parts that several write.
+    """
+    documents = Counter({wanted: 0})
+    documents[1] += _saved_documents(tokenization, whole)
+    for number, of in begun_shards(prefix):
+        shard = ShardChoice(number, of, by_file=True)
+        part = replace(tokenization, shard=shard)
+        documents[of] += _saved_documents(part, shard.prefix(prefix))
+    return max(documents, key=lambda readers: (documents[readers], readers == wanted))
+
+
+def _saved_documents(tokenization: Tokenization, prefix: Path) -> int:
+    if _is_whole(prefix, tokenization):
+        return Manifest.read(prefix).documents
+    return saved_documents(prefix, tokenization.shard_job)
+
+
 def _remove_other_parts(prefix: Path) -> None:
-    """Remove what a killed run with another number of readers left behind."""
-    for path in prefix.parent.glob(f"{glob.escape(prefix.name)}.shard-*"):
+    """Remove what a killed run of another job left behind."""
+    for path in prefix.parent.glob(f"{glob.escape(prefix.name)}.*"):
         path.unlink(missing_ok=True)
-    for draft in prefix.parent.glob(f".{glob.escape(prefix.name)}.shard-*.draft"):
+    for draft in prefix.parent.glob(f".{glob.escape(prefix.name)}.*draft"):
         remove_directory(draft)
 
 
@@ -304,9 +335,7 @@ def _encode(
         tag=tokenization.tag,
         chat_template=None if tokenization.chats is None else tokenization.chats.fingerprint,
         turn_end=None if tokenization.chats is None else tokenization.chats.turn_end,
-        job=hash_json(tokenization.shard_record.model_dump())
-        if tokenization.can_be_resumed
-        else "",
+        job=tokenization.shard_job,
         shard=tokenization.shard_record if is_part else None,
         with_origins=True,
         may_be_empty=shard != WHOLE,

@@ -66,7 +66,7 @@ class StagedCorpus:
     """
 
     def __init__(self, prefix: Path, job: str) -> None:
-        self.folder = prefix.with_name(f".{prefix.name}.draft")
+        self.folder = _folder_of(prefix)
         self.files: dict[str, HashedFile] = {}
         self.state: StagingState | None = None
         self.job = job
@@ -130,13 +130,7 @@ class StagedCorpus:
         raise InputError(self._prefix, "is being written by another process", remedy)
 
     def _read_state(self) -> StagingState | None:
-        if not self.job or not (self.folder / _STATE_NAME).is_file():
-            return None
-        try:
-            state = read_record(self.folder / _STATE_NAME, StagingState, "")
-        except InputError:
-            return None  # written by another version
-        return state if state.job == self.job else None
+        return _read_state(self.folder, self.job)
 
     def _damaged(self, path: Path, problem: str) -> InputError:
         self.discard()
@@ -154,3 +148,23 @@ class StagedCorpus:
             file.close()
         if self.state is None or not self.job:
             remove_directory(self.folder)
+
+
+def saved_documents(prefix: Path, job: str) -> int:
+    """Return how many documents of a corpus a killed writer of this job has saved."""
+    state = _read_state(_folder_of(prefix), job)
+    return state.figures.documents if state else 0
+
+
+def _folder_of(prefix: Path) -> Path:
+    return prefix.with_name(f".{prefix.name}.draft")
+
+
+def _read_state(folder: Path, job: str) -> StagingState | None:
+    if not job or not (folder / _STATE_NAME).is_file():
+        return None
+    try:
+        state = read_record(folder / _STATE_NAME, StagingState, "")
+    except InputError:
+        return None  # written by another version
+    return state if state.job == job else None

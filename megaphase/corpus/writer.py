@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -89,6 +89,7 @@ class CorpusWriter:
         with_origins: bool = False,
         may_be_empty: bool = False,
         overwrite: bool = False,
+        before_publishing: Callable[[Manifest], object] = lambda _: None,
     ) -> None:
         """
         Args:
@@ -101,6 +102,8 @@ class CorpusWriter:
                 shard: identifies the shard, if the corpus is a shard of another one.
                 with_origins: whether to store the documents' origins, as far as batches have them.
                 may_be_empty: whether to write a corpus without documents, instead of raising.
+                before_publishing: called when everything is written and on disk, but has not got
+                    its name.
         """
         self.prefix = Path(prefix)
         self.dtype = token_dtype(vocab_size)
@@ -122,6 +125,7 @@ class CorpusWriter:
         self._eod = eod
         self._may_be_empty, self._with_origins = may_be_empty, with_origins
         self._with_targets = kind == "chat"
+        self._before_publishing = before_publishing
         self._figures = Figures()
         self._staged = StagedCorpus(self.prefix, job)
         if not overwrite and not self._staged.finished_manifest():
@@ -243,6 +247,7 @@ class CorpusWriter:
         files = {suffix: records[suffix] for suffix in sorted(records)}
         manifest = Manifest(**self._fixed, **self._figures.model_dump(), files=files)
         self._staged.save(self._figures, None, manifest)
+        self._before_publishing(manifest)
         self._publish(manifest)
 
     def _skipped_in_words(self) -> str:

@@ -15,13 +15,22 @@ import numpy as np
 
 from megaphase.plan.build_pool import BuildPool, ReportProgress
 from megaphase.plan.built_folder import INDEX_FILE, Discard, Say, ensure_folder
+from megaphase.plan.document_stream import is_table_stored, most_table_bytes
 from megaphase.plan.document_tables import TABLES
-from megaphase.plan.index import STARTS_FILE, PhaseIndex, builder_threads, damage, task_dtype
+from megaphase.plan.index import (
+    STARTS_FILE,
+    PhaseIndex,
+    block_size,
+    builder_threads,
+    damage,
+    task_dtype,
+)
 from megaphase.plan.packed_stream import PackedStream
 from megaphase.plan.phase_blend import PhaseBlend
-from megaphase.plan.position import StreamPosition
+from megaphase.plan.position import SampleKind, StreamPosition
 from megaphase.plan.spec import FORMAT_VERSION, PhaseSpec, PlanSpec
 from megaphase.plan.starts_file import StartsFile
+from megaphase.plan.stream import SAMPLE_WINDOW
 from megaphase.plan.verified_file import ALTERED_FILE
 from megaphase.utils.errors import InputError, RunError
 from megaphase.utils.files import (
@@ -103,8 +112,8 @@ def _tables_of_a_refused_plan_removed(plans: Path) -> Iterator[None]:
 
 def _check_space(spec: PlanSpec, folder: Path) -> None:
     """Raise RunError if the disk has too little space for what is known before anything is built:
-    the blends, and the starts if each sample has one."""
-    needed = _blend_bytes(spec, spec.phases)
+    the blends, the tables of packed documents, and the starts if each sample has one."""
+    needed = _blend_bytes(spec, spec.phases) + _most_table_bytes(spec)
     streams = spec.streams.values()
     if spec.has_one_kind and not any(isinstance(stream, PackedStream) for stream in streams):
         narrowest = min(np.dtype(stream.start_dtype).itemsize for stream in streams)
@@ -113,7 +122,36 @@ def _check_space(spec: PlanSpec, folder: Path) -> None:
 
 
 def _blend_bytes(spec: PlanSpec, phases: Iterable[PhaseSpec]) -> int:
-    return sum(phase.samples for phase in phases) * np.dtype(task_dtype(len(spec.streams))).itemsize
+    """Return the size of the files of these phases' blends."""
+    tasks = len(spec.streams)
+    of_sample, of_block = np.dtype(task_dtype(tasks)).itemsize, tasks * np.dtype(np.int64).itemsize
+    samples = [phase.samples for phase in phases]
+    return sum(n * of_sample + -(-n // block_size(tasks)) * of_block for n in samples)
+
+
+def _most_table_bytes(spec: PlanSpec) -> int:
+    """Return at most how large the tables of packed documents are that are not stored yet: one of
+    an epoch for each length, and one of what is left of an epoch for each phase that begins in one
+    that samples of another kind have begun."""
+    needed = 0
+    for stream, start in zip(spec.streams.values(), spec.starts, strict=True):
+        if isinstance(stream, PackedStream):
+            continue
+        kinds = [segment.kind for segment in start.segments[-1:]]
+        cuts, known = 0, set[SampleKind]()
+        for phase in spec.phases:
+            kind = phase.kind
+            if kinds and kinds[-1] != kind:
+                # Samples that are drawn of a window leave gaps where those of the window are cut.
+                cuts += min(SAMPLE_WINDOW, stream.positions // kinds[-1].seq_len) + 2
+                if kind.cut == "documents":
+                    needed += most_table_bytes(stream, kind.seq_len, cuts)
+            if kind.cut == "documents" and kind not in known:
+                stored = is_table_stored(stream, kind.seq_len)
+                needed += 0 if stored else most_table_bytes(stream, kind.seq_len)
+                known.add(kind)
+            kinds.append(kind)
+    return needed
 
 
 def _require_space(spec: PlanSpec, folder: Path, needed: int) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from megaphase.plan.document_table import (
     Piece,
     pieces_of_parts,
 )
+from megaphase.plan.document_tables import table_bytes
 from megaphase.plan.position import SampleKind
 from megaphase.plan.remainder import Remainder
 from megaphase.plan.stream import SAMPLE_WINDOW, Starts, Stream
@@ -61,7 +63,7 @@ class DocumentStream(Stream):
         return self.tables.table(self._source(rest))
 
     def _source(self, rest: Remainder | None) -> PackedSource:
-        packed = [FORMAT_VERSION, PACKING_WINDOW, self.fingerprint_at(self.seq_len), self.bos]
+        packed = _packing(self, self.seq_len)
         return PackedSource(
             hash_json(packed if rest is None else [*packed, rest.fingerprint]),
             f"documents of {self.task}",
@@ -175,3 +177,24 @@ class DocumentStream(Stream):
             if table is not None:
                 empty += count * (1 - table.filled / (table.samples * self.seq_len))
         return empty / max(1, samples)
+
+
+def _packing(stream: Stream, seq_len: int) -> list[Any]:
+    """Return what determines the table of an epoch's samples."""
+    return [FORMAT_VERSION, PACKING_WINDOW, stream.fingerprint_at(seq_len), stream.bos]
+
+
+def is_table_stored(stream: Stream, seq_len: int) -> bool:
+    """Return whether the table of an epoch's samples need not be written."""
+    return stream.tables.is_stored(hash_json(_packing(stream, seq_len)))
+
+
+def most_table_bytes(stream: Stream, seq_len: int, cuts: int = 0) -> int:
+    """Return at most how large the table of an epoch's samples is, or of what is left of an epoch
+    whose documents are cut in `cuts` places."""
+    parts = stream.documents + stream.tokens // seq_len + cuts
+    # Of the samples of a window, all but one are more than half full: of two others, the parts of
+    # the later one would have been added to the earlier one.
+    windows = -(-parts // PACKING_WINDOW)
+    samples = min(parts, 2 * stream.tokens // seq_len + windows)
+    return table_bytes(parts, samples, stream.start_dtype)

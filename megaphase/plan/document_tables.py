@@ -103,9 +103,13 @@ class DocumentTables:
                     raise InputError(source.what, "changed while it was read", "start again")
             return table
 
+    def is_stored(self, fingerprint: str) -> bool:
+        """Return whether a table is in the folder; it may turn out to be damaged."""
+        return self.folder is not None and _folder_of(self.folder, fingerprint).is_dir()
+
     def _stored(self, source: PackedSource) -> DocumentTable:
         assert self.folder is not None
-        folder = self.folder / f"{_TABLE}{source.fingerprint[:16]}"
+        folder = _folder_of(self.folder, source.fingerprint)
         header = self.headers.get(source.fingerprint)
         if header is None:
             damage = partial(_damage, source, whole=self.whole)
@@ -120,6 +124,16 @@ class DocumentTables:
         parts = VerifiedArray.of(files["parts"], source.dtype, 3)
         first_parts, positions = (VerifiedArray.of(files[name], np.int64) for name in _ARRAYS[1:])
         return DocumentTable(source.fingerprint, parts, first_parts, positions, header["filled"])
+
+
+def table_bytes(parts: int, samples: int, dtype: type[np.generic]) -> int:
+    """Return the size of the arrays of a table; dtype: of the numbers of a part."""
+    ends = 2 * (samples + 1) * np.dtype(np.int64).itemsize
+    return 3 * parts * np.dtype(dtype).itemsize + ends
+
+
+def _folder_of(tables: Path, fingerprint: str) -> Path:
+    return tables / f"{_TABLE}{fingerprint[:16]}"
 
 
 def _damage(source: PackedSource, folder: Path, *, whole: bool) -> str | None:

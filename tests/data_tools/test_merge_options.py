@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +17,7 @@ from data_support import (
     files_of,
     make_tokenizer,
     megatron_documents,
+    start_python,
     write_jsonl,
 )
 from hypothesis import given, settings
@@ -21,13 +26,15 @@ from typer.testing import CliRunner
 
 from megaphase.corpus import Corpus, CorpusWriter
 from megaphase.corpus.batch import batches_of
+from megaphase.corpus.manifest import ShardOf
 from megaphase.data_tools.commands import data_app
-from megaphase.data_tools.corpora import duplicates, shuffle
+from megaphase.data_tools.corpora import duplicates, removal, shuffle
+from megaphase.data_tools.corpora import merge as merge_module
 from megaphase.data_tools.corpora.merge import merge
 from megaphase.data_tools.corpora.verify import verify_corpus
 from megaphase.data_tools.shards import ShardChoice, existing_shards
 from megaphase.data_tools.tokenization.tokenize import tokenize
-from megaphase.utils.errors import InputError
+from megaphase.utils.errors import InputError, RunError
 
 EOD = 0
 
@@ -185,3 +192,147 @@ def test_merging_refuses_what_is_not_alike(tmp_path: Path, change: dict, message
         writer.add_document([1], "1")
     with pytest.raises(InputError, match=message):
         merge([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
+
+
+# Killed when so many of the files to be removed have been removed.
+KILLED_IN_THE_REMOVAL = """if True:
+    import os, signal, sys
+    from pathlib import Path
+    from megaphase.data_tools.commands import data_app
+    left, unlink = int(sys.argv[1]), Path.unlink
+    def counted(path, **options):
+        global left
+        if path.name.startswith(("a.", "b.", "en.shard-", ".en.removal")):
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left -= 1
+        unlink(path, **options)
+    Path.unlink = counted
+    data_app(sys.argv[2:])
+"""
+ALL_FILES = 12  # of two corpora with six files each
+
+
+@pytest.mark.parametrize("removed", [0, 2, 6, ALL_FILES])
+@pytest.mark.parametrize("way", ["prefixes", "shards", "over itself"])
+def test_a_removal_that_was_stopped_is_finished(tmp_path: Path, way: str, removed: int) -> None:
+    names = ["a", "b"]
+    if way == "shards":
+        names = [f"en.shard-0000{number}-of-00002" for number in range(2)]
+    for number, name in enumerate(names):
+        shard = ShardOf(job="j", number=number, of=2) if way == "shards" else None
+        write(tmp_path / name, [[1 + number]], shard=shard)
+    inputs = ["--shards"] if way == "shards" else [str(tmp_path / name) for name in names]
+    expected = [[1, EOD], [2, EOD]]
+    if way == "over itself":
+        write(tmp_path / "en", [[3]])
+        inputs = [str(tmp_path / "en"), *inputs, "--overwrite"]
+        expected.insert(0, [3, EOD])
+    command = ["merge", *inputs, "--out", str(tmp_path / "en"), "--remove"]
+    killed = start_python(KILLED_IN_THE_REMOVAL, removed, *command)
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    whole = corpus_bytes(tmp_path / "en")
+    left = sum(name.startswith(tuple(names)) for name in files_of(tmp_path))
+    assert left == ALL_FILES - removed
+    result = CliRunner().invoke(data_app, command)
+    assert result.exit_code == 0, result.output
+    assert megatron_documents(tmp_path / "en") == expected
+    assert corpus_bytes(tmp_path / "en") == whole
+    assert {Path(name).stem for name in files_of(tmp_path)} == {"en"}
+
+
+@pytest.mark.parametrize("change", ["input", "result", "option"])
+def test_what_was_not_merged_is_not_removed(tmp_path: Path, change: str) -> None:
+    for number, name in enumerate("ab"):
+        write(tmp_path / name, [[1 + number]])
+    out = tmp_path / "en"
+    command = ["merge", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(out), "--remove"]
+    start_python(KILLED_IN_THE_REMOVAL, 0, *command).communicate()
+    if change == "input":
+        write(tmp_path / "b", [[5]], overwrite=True)
+    elif change == "result":
+        write(out, [[1]], overwrite=True)
+    else:
+        command.append("--dedup")
+    result = CliRunner().invoke(data_app, command)
+    assert "en.json: exists already" in str(result.exception)
+    assert megatron_documents(tmp_path / "a") == [[1, EOD]]
+    assert megatron_documents(tmp_path / "b") == [[5 if change == "input" else 2, EOD]]
+
+
+def test_a_corpus_that_is_replaced_during_the_merge_is_not_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, name in enumerate("ab"):
+        write(tmp_path / name, [[1 + number]])
+    real = removal.merge
+
+    def merge_and_replace(*arguments, **options):
+        real(*arguments, **options)
+        write(tmp_path / "b", [[5]], overwrite=True)
+
+    monkeypatch.setattr(removal, "merge", merge_and_replace)
+    removal.merge_and_remove([tmp_path / "a", tmp_path / "b"], tmp_path / "en")
+    assert megatron_documents(tmp_path / "en") == [[1, EOD], [2, EOD]]
+    assert megatron_documents(tmp_path / "b") == [[5, EOD]]
+
+
+@pytest.mark.parametrize(
+    ("options", "needed"),
+    [
+        ({}, None),  # the size of the inputs' files
+        ({"shuffle_seed": 1}, None),
+        ({"drop_duplicates": True}, 2 * 2 * 11),  # two documents of ten tokens of two bytes
+    ],
+)
+def test_a_disk_that_is_too_small_for_a_merge_is_found_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict, needed: int | None
+) -> None:
+    prefixes = [
+        write(tmp_path / name, [[token] * 10 for token in tokens])
+        for name, tokens in (("a", (1, 2, 1)), ("b", (2, 2)))
+    ]
+    files = [path for name in "ab" for path in tmp_path.glob(f"{name}.*") if path.suffix != ".json"]
+    if needed is None:
+        needed = sum(path.stat().st_size for path in files)
+    usage = SimpleNamespace(free=needed - 1)
+    monkeypatch.setattr(merge_module.shutil, "disk_usage", lambda path: usage)
+    said = (
+        r"c: the corpus needs 0\.000 GB, the disk has 0\.000 GB left; make room or choose another"
+    )
+    with pytest.raises(RunError, match=said):
+        merge(prefixes, tmp_path / "out" / "c", **options)
+    assert files_of(tmp_path / "out") == []
+    usage.free += 1
+    merge(prefixes, tmp_path / "out" / "c", **options)
+
+
+def test_what_is_sorted_on_disk_is_counted_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "a", [[1] * 10] * 50)
+    monkeypatch.setattr(shuffle, "_BUCKET_BYTES", 100)
+    size = sum(p.stat().st_size for p in tmp_path.glob("a.*") if p.suffix != ".json")
+    tokens = (tmp_path / "a.bin").stat().st_size
+    usage = SimpleNamespace(free=size + tokens - 1)
+    monkeypatch.setattr(merge_module.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(RunError, match="the disk has"):
+        merge([tmp_path / "a"], tmp_path / "b", shuffle_seed=1)
+    usage.free += 1
+    merge([tmp_path / "a"], tmp_path / "b", shuffle_seed=1)
+
+
+def test_a_merge_onto_a_disk_that_is_too_small_writes_nothing(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only a privileged user may mount a small disk")
+    try:
+        write(tmp_path / "a", [[1] * 10_000] * 5)
+        with pytest.raises(RunError, match=r"needs 0\.000 GB, the disk has"):
+            merge([tmp_path / "a"], disk / "c")
+        assert files_of(disk) == []
+    finally:
+        subprocess.run(["umount", disk], check=True)

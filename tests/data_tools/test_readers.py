@@ -6,17 +6,23 @@ import gzip
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from data_support import (
+    CORPUS_FILES,
     corpus_bytes,
+    files_of,
     is_running,
     make_tokenizer,
     start_python,
     wait_until,
     write_jsonl,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megaphase.corpus import Manifest
 from megaphase.data_tools.shards import ShardChoice, parts_of
@@ -66,6 +72,49 @@ def test_readers_have_up_to_64_workers_and_whole_files(inputs: list[Path]) -> No
         ]
 
 
+@pytest.mark.parametrize(
+    ("sizes", "readers", "expected"),
+    [
+        ([51, 49], 2, [0, 1]),
+        ([49, 51], 2, [0, 1]),
+        ([1, 1, 98], 3, [0, 1, 2]),
+        ([98, 1, 1], 3, [0, 1, 2]),
+        ([98, 1, 1], 2, [0, 1, 1]),
+        ([20, 30, 10, 40], 2, [0, 0, 1, 1]),
+        ([5, 5, 0, 0], 2, [0, 1, 1, 1]),
+        ([7, 7], 3, [0, 1]),
+    ],
+)
+def test_no_reader_is_idle_while_another_has_two_files(
+    sizes: list[int], readers: int, expected: list[int], tmp_path: Path
+) -> None:
+    assert readers_of(sizes, readers, tmp_path) == expected
+
+
+@settings(max_examples=60)
+@given(sizes=st.lists(st.integers(0, 99), min_size=1, max_size=9), readers=st.integers(1, 10))
+def test_readers_have_every_file_once_and_in_order(
+    sizes: list[int], readers: int, tmp_path: Path
+) -> None:
+    found = readers_of(sizes, readers, tmp_path)
+    assert found == sorted(found)
+    assert set(found) == set(range(min(readers, len(sizes))))
+
+
+def readers_of(sizes: list[int], readers: int, folder: Path) -> list[int]:
+    """Return the reader of every one of some files of these sizes."""
+    paths = [folder / f"{number}.jsonl.gz" for number in range(len(sizes))]
+    for path, size in zip(paths, sizes, strict=True):
+        path.write_bytes(bytes(size))
+    found = {}
+    for number in range(readers):
+        for part in parts_of(paths, ShardChoice(number, readers, by_file=True)):
+            assert (part.begin, part.end) == (0, None)
+            assert part.file not in found
+            found[part.file] = number
+    return [found[file] for file in range(len(sizes))]
+
+
 @pytest.mark.usefixtures("one_worker_each")
 @pytest.mark.parametrize("options", [{}, {"drop_duplicates": True, "shuffle_seed": 3}])
 def test_the_corpus_does_not_depend_on_the_readers(
@@ -101,6 +150,71 @@ def test_the_first_wrong_line_is_named_and_the_rest_resumes(
     assert [json.loads(line)["where"] for line in skipped] == [f"{inputs[2]}:400"]
     left = {path.name for path in tmp_path.iterdir() if "unordered" in path.name}
     assert not left
+
+
+# One reader for each worker; each logs where it begins to read and, if that is wanted, hangs after
+# its third save. A file, since the readers' processes import it.
+RESTARTED = """
+import json, sys, time
+from pathlib import Path
+from megaphase.data_tools.tokenization import readers, tokenize as module
+log, hang, workers, options, tokenizer, prefix, *inputs = sys.argv[1:]
+real = module.read_chunks
+def read_chunks(path, reading, *, start, **more):
+    with open(log, "a") as lines:
+        lines.write(json.dumps([path.name, start.offset]) + "\\n")
+    return real(path, reading, start=start, chunk_bytes=4_000, **more)
+class Writer(module.CorpusWriter):
+    saves = 0
+    def save(self, note):
+        super().save(note)
+        self.saves += 1
+        if self.saves == 3 and int(hang):
+            Path(f"{log}.{self.prefix.name}").touch()
+            time.sleep(10_000)
+readers.WORKERS_PER_READER, module.SAVE_BYTES_PER_WORKER = 1, 8_000
+module.read_chunks, module.CorpusWriter = read_chunks, Writer
+if __name__ == "__main__":
+    paths = [Path(path) for path in inputs]
+    more = json.loads(options)
+    module.tokenize(paths, Path(tokenizer), Path(prefix), workers=int(workers), **more)
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "options"),
+    [(2, 1, {}), (1, 2, {}), (1, 2, {"drop_duplicates": True}), (2, 1, {"shuffle_seed": 3})],
+)
+def test_killed_it_goes_on_with_as_many_readers(
+    tok: Path, tmp_path: Path, before: int, after: int, options: dict[str, object]
+) -> None:
+    inputs = [tmp_path / "a.jsonl.gz", tmp_path / "b.jsonl.gz"]
+    for path in inputs:
+        text = "".join(json.dumps({"text": f"{path.name} {n} " * 20}) + "\n" for n in range(900))
+        path.write_bytes(gzip.compress(text.encode(), 1))
+    tokenize(inputs, tok, tmp_path / "one", workers=1, **options)  # type: ignore[arg-type]
+    script, log, out = tmp_path / "run.py", tmp_path / "log", tmp_path / "out" / "en"
+    script.write_text(RESTARTED)
+
+    def start(hang: int, workers: int) -> subprocess.Popen[bytes]:
+        arguments = [log, hang, workers, json.dumps(options), tok, out, *inputs]
+        return subprocess.Popen([sys.executable, script, *map(str, arguments)])
+
+    killed = start(1, before)
+    wait_until(lambda: len(list(tmp_path.glob("log.*"))) == before)
+    started = descendants(killed.pid)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    wait_until(lambda: not any(map(is_running, started)))
+    states = [json.loads(path.read_text()) for path in sorted(out.parent.glob(".*/state.json"))]
+    assert [state["figures"]["documents"] > 0 for state in states] == [True] * before
+    begun = {inputs[state["note"]["file"]].name: state["note"]["offset"] for state in states}
+    log.unlink()
+    assert start(0, after).wait() == 0
+    places = dict(map(json.loads, log.read_text().splitlines()))
+    assert places == {path.name: 0 for path in inputs} | begun
+    assert corpus_bytes(out) == corpus_bytes(tmp_path / "one")
+    assert files_of(out.parent) == CORPUS_FILES
 
 
 RUN = """if True:

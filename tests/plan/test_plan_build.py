@@ -30,7 +30,10 @@ from plan_support import (
 from rich.console import Console
 
 from megaphase.config.run import RunConfig
+from megaphase.plan import build as build_module
 from megaphase.plan.build import build_index, ensure_built, plan_folder
+from megaphase.plan.built_folder import INDEX_FILE
+from megaphase.plan.plan import Plan
 from megaphase.plan.progress import building_progress
 from megaphase.utils.errors import InputError, RunError
 from megaphase.utils.files import hash_json
@@ -280,17 +283,42 @@ def test_a_disk_that_is_too_small_is_found_before_anything_is_written(run, monke
     assert not config.output.exists()
 
 
-@pytest.mark.parametrize("cuts", [["documents"], ["tokens", "documents"]])
-def test_the_space_that_an_index_needs_is_that_of_its_files(tmp_path, monkeypatch, cuts):
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return the list to which the space that a plan asks for is appended."""
+    found: list[int] = []
+    real = build_module._require_space
+    monkeypatch.setattr(
+        build_module, "_require_space", lambda *a: (found.append(a[-1]), real(*a))[1]
+    )
+    return found
+
+
+def sizes_in(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("cuts", [["documents"], ["tokens", "documents"], ["tokens", "tokens"]])
+def test_the_space_that_an_index_needs_is_that_of_its_files(tmp_path, monkeypatch, asked, cuts):
     # Samples that begin where documents begin have no starts; those of a whole epoch are stored.
     write_corpus(tmp_path / "en", random_lengths(400, 30, 1))
-    phases = [phase(cut, 3, {"rates": {"en": 1}}) | {"cut": cut} for cut in cuts]
+    phases = [
+        phase(f"{number}-{cut}", 3, {"rates": {"en": 1}}) | {"cut": cut}
+        for number, cut in enumerate(cuts)
+    ]
     spec = spec_of(write_run(tmp_path, ["en"], phases=phases))
     folder = ensure_built(spec, tmp_path / "roomy")
-    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-    blends = sum(sizes[f"blend-{number}.tasks"] for number in range(len(cuts)))
+    sizes = sizes_in(folder)
+    blends = sum(size for name, size in sizes.items() if name.startswith("blend-"))
     assert (sizes["starts"] == 0) == (cuts == ["documents"])
-    needed = max(blends, sizes["starts"])  # the latter is known when the blends are written
+    if "documents" in cuts:
+        tables = asked[0] - blends
+        assert tables > 0
+        # Those are stored when all blends are written, and the starts then known.
+        assert asked[-1] == sizes["starts"]
+    else:
+        assert asked[-1] == blends + sizes["starts"]
+    needed = max(asked)
     usage = type("usage", (), {"free": needed})
     monkeypatch.setattr("megaphase.plan.build.shutil.disk_usage", lambda path: usage)
     assert contents(ensure_built(spec, tmp_path / "exact")) == contents(folder)
@@ -300,13 +328,57 @@ def test_the_space_that_an_index_needs_is_that_of_its_files(tmp_path, monkeypatc
     wait_until(lambda: not list((tmp_path / "full").glob("plan/[0-9a-f]*")))
 
 
+@pytest.mark.parametrize(
+    ("lengths", "lengths_of_samples"),
+    [
+        ([2] * 3000, [(64, "documents")]),
+        (random_lengths(3000, 30, 1), [(16, "documents"), (64, "documents")]),
+        (random_lengths(3000, 30, 1), [(16, "tokens"), (64, "documents"), (16, "documents")]),
+        (random_lengths(40, 1000, 2), [(8, "tokens"), (512, "documents")]),
+        (random_lengths(3000, 17, 3), [(16, "documents"), (16, "tokens"), (16, "documents")]),
+    ],
+)
+def test_tables_of_documents_are_counted_before_any_is_written(
+    tmp_path, asked, lengths, lengths_of_samples
+):
+    write_corpus(tmp_path / "en", lengths)
+    phases = [
+        phase(str(number), 3, {"rates": {"en": 1}}) | {"cut": cut, "model": {"seq_len": seq_len}}
+        for number, (seq_len, cut) in enumerate(lengths_of_samples)
+    ]
+    spec = spec_of(write_run(tmp_path, ["en"], phases=phases))
+    folder = ensure_built(spec, tmp_path / "run")
+    plan = Plan(spec, folder)
+    for number in range(len(phases)):
+        plan.open_phase(number)
+    plan.summary()
+    tables = [sizes_in(path) for path in folder.parent.glob("documents-*")]
+    documents = {length for length, cut in lengths_of_samples if cut == "documents"}
+    assert len(tables) >= len(documents)
+    written = sum(size for table in tables for name, size in table.items() if name != INDEX_FILE)
+    blends = sum(size for name, size in sizes_in(folder).items() if name.startswith("blend-"))
+    counted = asked[0] - blends
+    assert written <= counted
+    if lengths_of_samples[0][1] == "tokens":
+        return  # the table of whole epochs is not needed, and not written
+    assert counted <= 3 * written
+    # What is stored is not counted again.
+    shutil.rmtree(folder)
+    asked.clear()
+    ensure_built(spec_of(write_run(tmp_path, ["en"], phases=phases)), tmp_path / "run")
+    assert asked[0] - blends < counted
+    if len(phases) == 1:
+        assert asked[0] == blends
+
+
 def test_a_plan_of_2_to_the_40_samples_is_refused_for_the_disk_alone(run, tmp_path):
     config, written = run
     steps = 2**40 // 4
     config = write_run(
         tmp_path, list(written), phases=[phase("one", steps, {"proportional": True})]
     )
-    with pytest.raises(RunError, match=r"needs 10,995\.1 GB for 1,099,511,627,776 samples"):
+    # 2 bytes for the task and 8 for the start of each, and 8 for each of 3 tasks every 1,024.
+    with pytest.raises(RunError, match=r"needs 11,020\.9 GB for 1,099,511,627,776 samples"):
         ensure_built(spec_of(config), config.output)
     config = write_run(
         tmp_path,
