@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -80,6 +80,7 @@ class StagedCorpus:
     def __enter__(self) -> Self:
         make_way_for_directory(self.folder, "the staging folder of a corpus")
         with ExitStack() as opened:
+            opened.callback(self._remove_empty_folder)  # last, when the lock has been removed
             opened.enter_context(exclusive_lock(self.folder / _LOCK_NAME, self._refuse))
             opened.callback(self._leave)
             self.state = self._read_state()
@@ -137,6 +138,7 @@ class StagedCorpus:
         return InputError(path, problem, "it is removed: run the command again to start over")
 
     def _clear(self) -> None:
+        """Remove everything but the lock, which other processes must find as long as it is held."""
         for path in self.folder.iterdir():
             if path.is_dir() and not path.is_symlink():
                 remove_directory(path)
@@ -147,7 +149,12 @@ class StagedCorpus:
         for file in self.files.values():
             file.close()
         if self.state is None or not self.job:
-            remove_directory(self.folder)
+            with suppress(OSError):
+                self._clear()
+
+    def _remove_empty_folder(self) -> None:
+        with suppress(OSError):  # a state is saved in it, or another process has its lock there
+            self.folder.rmdir()
 
 
 def saved_documents(prefix: Path, job: str) -> int:

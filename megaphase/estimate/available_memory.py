@@ -19,6 +19,7 @@ from megaphase.utils.errors import InputError
 _MEMINFO = Path("/proc/meminfo")
 _OWN_CGROUP = Path("/proc/self/cgroup")
 _CGROUPS = Path("/sys/fs/cgroup")
+_UNLIMITED = 1 << 62  # version 1 has a number for it: 2**63 less a page
 
 
 def check_memory(config: RunConfig, shape: GPTShape) -> None:
@@ -80,24 +81,38 @@ def _of_the_machine() -> Iterator[int]:
 
 
 def _of_cgroups() -> Iterator[int]:
-    """What is left below the limit of every cgroup (version 2) around this process."""
+    """What is left below the limit of every cgroup, of either version, around this process."""
     try:
-        name = next(
-            line[3:] for line in _OWN_CGROUP.read_text().splitlines() if line.startswith("0::")
-        )
-    except (OSError, StopIteration):
+        lines = [line.split(":", 2) for line in _OWN_CGROUP.read_text().splitlines()]
+    except OSError:
         return
-    folder = _CGROUPS / name.lstrip("/")
+    for _, controllers, name in lines:
+        if not controllers:
+            yield from _below(_CGROUPS, name, "memory.max", "memory.current", "")
+        elif "memory" in controllers.split(","):
+            mount = _CGROUPS / "memory"
+            files = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            yield from _below(mount, name, *files, "total_")
+
+
+def _below(mount: Path, name: str, limit_file: str, used_file: str, prefix: str) -> Iterator[int]:
+    """What is left in a cgroup and those around it; the page cache is left, as in MemAvailable.
+
+    prefix: of the figures in memory.stat that count the cgroups within, too.
+    """
+    folder = mount / name.lstrip("/")
     for each in (folder, *folder.parents):
-        if each == _CGROUPS.parent:
+        if each == mount.parent:
             return
         try:
-            limit = int((each / "memory.max").read_text())
-            used = int((each / "memory.current").read_text())
+            limit = int((each / limit_file).read_text())
+            used = int((each / used_file).read_text())
             figures = dict(line.split() for line in (each / "memory.stat").open())
         except (OSError, ValueError):  # no such limit: `max`
             continue
-        yield max(0, limit - used + int(figures.get("inactive_file", 0)))
+        cached = (int(figures.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active"))
+        if limit < _UNLIMITED:
+            yield max(0, limit - used + sum(cached))
 
 
 def _refuse(config: RunConfig, of: str, needed: int, there: int) -> None:

@@ -46,15 +46,16 @@ def load_async_io() -> None:
     """Compile the operator at its first use, one process at a time.
 
     torch marks a build with a lock file, on which every later run would hang for ever if this one
-    were killed meanwhile. Under a lock that ends with its process, such a file is a leftover.
+    were killed meanwhile. Under a lock that ends with its process, such a file is a leftover; where
+    the file system has no locks, it may be another process's, which fails if it is removed.
     """
     import_deepspeed()
     from deepspeed.accelerator import get_accelerator
     from torch.utils import cpp_extension
 
     root = Path(cpp_extension.get_default_build_root())
-    with exclusive_lock(root / LOCK_FILE, lambda: None):
-        for name in ("pin_memory", "async_io"):
+    with exclusive_lock(root / LOCK_FILE, lambda: None) as held:
+        for name in ("pin_memory", "async_io") if held else ():
             directory = cpp_extension._get_build_directory(name, verbose=False)
             Path(directory, "lock").unlink(missing_ok=True)
         get_accelerator().create_op_builder("AsyncIOBuilder").load(verbose=False)

@@ -7,30 +7,45 @@ import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import IO
 
-from megaphase.utils.set_aside import set_aside
+from megaphase.utils.errors import RunError
+from megaphase.utils.set_aside import say_on_standard_error, set_aside, shown_path
 
 _POLL_SECONDS = 0.2
+_STALE_TRIES = 25
+_HELD = (errno.EWOULDBLOCK, errno.EACCES)
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+
+
+class _StaleHandleError(RunError):
+    """The server of a network file system has lost the open file; it may have one at its path."""
 
 
 @contextmanager
-def exclusive_lock(path: Path, waiting: Callable[[], object]) -> Iterator[None]:
+def exclusive_lock(path: Path, waiting: Callable[[], object]) -> Iterator[bool]:
     """Hold the lock file while the block runs; `waiting` is called once if another process holds
     it.
 
     The lock is released when its process ends in any way. On a file system without locks, none is
-    taken: the block must be harmless when two processes run it.
+    taken, and a line on standard error says so: the block gets False, and True otherwise.
+
+    Raises:
+        RunError: the file cannot be locked for another reason.
+        OSError: it cannot be created.
     """
-    file = _acquire(path, waiting)
+    file, held = _acquire(path, waiting)
     try:
-        yield
+        yield held
     finally:
-        # Removed while still locked, so that a waiting process notices that the file is gone.
-        with suppress(OSError):
-            path.unlink()
+        # Removed while still locked, so that a waiting process notices that the file is gone. If
+        # somebody removed it before, what lies there now may be the lock of another process.
+        if _is_still_there(file, path):
+            with suppress(OSError):
+                path.unlink()
         file.close()
 
 
@@ -45,12 +60,14 @@ def is_locked(path: Path) -> bool | None:
     except FileNotFoundError:
         return False
     except OSError as error:
-        return True if error.errno in (errno.EWOULDBLOCK, errno.EACCES) else None
+        return True if error.errno in _HELD else None
     return False
 
 
-def _acquire(path: Path, waiting: Callable[[], object]) -> IO[bytes]:
-    waiting_reported = False
+def _acquire(path: Path, waiting: Callable[[], object]) -> tuple[IO[bytes], bool]:
+    """Return the open lock file, and whether it is locked."""
+    waiting_once = cache(waiting)
+    stale = 0
     while True:
         # A process that failed may have removed the directory that it had created.
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,21 +75,19 @@ def _acquire(path: Path, waiting: Callable[[], object]) -> IO[bytes]:
             file = _open(path)
         except FileNotFoundError:
             continue
-        try:
-            tries = 0
-            while not _try_lock(file):
-                tries += 1
-                # The first failure may be another process that only tests the lock.
-                if tries > 1 and not waiting_reported:
-                    waiting()
-                    waiting_reported = True
+        with ExitStack() as opened:
+            opened.enter_context(file)
+            try:
+                held = _lock(file, path, waiting_once)
+            except _StaleHandleError:
+                stale += 1
+                if stale > _STALE_TRIES:
+                    raise
                 time.sleep(_POLL_SECONDS)
+                continue
             if _is_still_there(file, path):
-                return file
-        except BaseException:
-            file.close()
-            raise
-        file.close()
+                opened.pop_all()
+                return file, held
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -89,12 +104,34 @@ def _open(path: Path) -> IO[bytes]:
     raise FileNotFoundError(path)
 
 
-def _try_lock(file: IO[bytes]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EINTR)
-    return True
+def _lock(file: IO[bytes], path: Path, waiting: Callable[[], object]) -> bool:
+    """Wait for the lock and take it; returns False, and says so, where there are no locks."""
+    tries = 0
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                _say_unprotected(path, error.strerror)
+                return False
+            if error.errno not in _HELD:
+                kind = _StaleHandleError if error.errno == errno.ESTALE else RunError
+                raise kind(f"{path}: cannot be locked ({error.strerror})") from error
+        tries += 1
+        # The first failure may be another process that only tests the lock.
+        if tries > 1:
+            waiting()
+        time.sleep(_POLL_SECONDS)
+
+
+@cache
+def _say_unprotected(path: Path, reason: str | None) -> None:
+    say_on_standard_error(
+        f"{shown_path(path)}: its file system has no locks ({reason}): a second process that uses "
+        f"{shown_path(path.parent)} at the same time is neither refused nor kept waiting; mount "
+        "it with locks (Lustre: -o flock)"
+    )
 
 
 def _is_still_there(file: IO[bytes], path: Path) -> bool:

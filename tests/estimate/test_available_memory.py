@@ -91,6 +91,12 @@ def test_a_model_that_a_gpu_does_not_hold(tmp_path, monkeypatch):
         check_memory(config, build_shape(config, 500))
 
 
+def read_below(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(available_memory, "_MEMINFO", folder / "meminfo")
+    monkeypatch.setattr(available_memory, "_OWN_CGROUP", folder / "self")
+    monkeypatch.setattr(available_memory, "_CGROUPS", folder / "cgroup")
+
+
 def test_a_limit_of_a_cgroup_counts(tmp_path, monkeypatch):
     (tmp_path / "meminfo").write_text("MemTotal: 16 kB\nMemAvailable:   9000 kB\n")
     (tmp_path / "self").write_text("0::/a/b\n")
@@ -99,15 +105,45 @@ def test_a_limit_of_a_cgroup_counts(tmp_path, monkeypatch):
         place.mkdir(parents=True, exist_ok=True)
         (place / "memory.max").write_text(f"{limit}\n")
         (place / "memory.current").write_text(f"{used}\n")
-        (place / "memory.stat").write_text("anon 1\ninactive_file 500000\n")
-    monkeypatch.setattr(available_memory, "_MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(available_memory, "_OWN_CGROUP", tmp_path / "self")
-    monkeypatch.setattr(available_memory, "_CGROUPS", tmp_path / "cgroup")
-    assert available_bytes() == 1_500_000
+        (place / "memory.stat").write_text("anon 1\ninactive_file 500000\nactive_file 70000\n")
+    read_below(tmp_path, monkeypatch)
+    assert available_bytes() == 1_570_000
     (tmp_path / "cgroup/a/memory.max").write_text("max\n")
     assert available_bytes() == 9_000 * 1024
     (tmp_path / "meminfo").unlink()
     assert available_bytes() is None
+
+
+@pytest.mark.parametrize("version_2", ["", "0::/user.slice\n"], ids=["pure", "hybrid"])
+@pytest.mark.parametrize("controllers", ["memory", "cpu,memory"])
+def test_a_limit_of_a_cgroup_of_version_1_counts(version_2, controllers, tmp_path, monkeypatch):
+    (tmp_path / "meminfo").write_text("MemTotal: 200 kB\nMemAvailable: 100000000 kB\n")
+    job = "slurm/uid_1/job_7"
+    (tmp_path / "self").write_text(f"9:{controllers}:/{job}/step_0\n3:cpuset:/x\n{version_2}")
+    unlimited = 2**63 - 4096
+    for folder, limit in (
+        (".", unlimited),
+        ("slurm", unlimited),
+        (job, 4_000_000_000),
+        (f"{job}/step_0", unlimited),
+    ):
+        place = tmp_path / "cgroup/memory" / folder
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "memory.limit_in_bytes").write_text(f"{limit}\n")
+        (place / "memory.usage_in_bytes").write_text("3500000000\n")
+        (place / "memory.stat").write_text(
+            "inactive_file 1\nactive_file 2\n"  # of the cgroup without those within it
+            "total_inactive_file 300000000\ntotal_active_file 2000000000\n"
+        )
+    read_below(tmp_path, monkeypatch)
+    assert available_bytes() == 2_800_000_000
+    limit_of_job = tmp_path / "cgroup/memory" / job / "memory.limit_in_bytes"
+    limit_of_job.write_text("1000000000\n")  # lowered below what is in use
+    assert available_bytes() == 0
+    limit_of_job.unlink()
+    assert available_bytes() == 100_000_000 * 1024
+    (tmp_path / "meminfo").unlink()
+    assert available_bytes() is None  # no limit is no amount of memory
 
 
 def random_setup(rng: random.Random) -> Setup:

@@ -7,10 +7,12 @@ slow tests. Any disk will do here.
 
 from __future__ import annotations
 
+import errno
 import shutil
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -35,7 +37,8 @@ from megaphase.distributed.process_grid import start_process_grid
 from megaphase.training.deepspeed_config import swap_folder
 from megaphase.training.deepspeed_import import import_deepspeed
 from megaphase.training.engine import Engine
-from megaphase.training.nvme import prepare_offload
+from megaphase.training.nvme import load_async_io, prepare_offload
+from megaphase.utils import locks
 from megaphase.utils.errors import InputError
 
 PROCESSES = 2
@@ -315,6 +318,36 @@ def test_a_missing_compiler_or_library_is_one_line(
     config = nvme_config(str(tmp_path), "bf16", "optimizer")
     with pytest.raises(InputError, match=r"parallel: nvme needs .* async_io op\); install libaio"):
         prepare_offload(config)
+
+
+@pytest.mark.parametrize("has_locks", [True, False])
+def test_whose_lock_of_torch_is_removed(
+    has_locks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A leftover is, but not where it may be that of a process that compiles now."""
+    import_deepspeed()
+    from deepspeed.accelerator import get_accelerator
+    from torch.utils import cpp_extension
+    from torch.utils.file_baton import FileBaton
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    if not has_locks:
+        monkeypatch.setattr(locks.fcntl, "flock", no_locks)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(cpp_extension, "get_default_build_root", lambda: str(tmp_path))
+    folder = Path(cpp_extension._get_build_directory("async_io", verbose=False))
+    assert folder.is_relative_to(tmp_path)
+    baton = FileBaton(str(folder / "lock"))
+    assert baton.try_acquire()
+    found: list[bool] = []
+    builder = SimpleNamespace(load=lambda verbose: found.append((folder / "lock").exists()))
+    monkeypatch.setattr(get_accelerator(), "create_op_builder", lambda name: builder)
+    load_async_io()
+    assert found == [not has_locks]
+    if not has_locks:
+        baton.release()  # raises FileNotFoundError if it has been removed
 
 
 @pytest.mark.parametrize(
