@@ -12,7 +12,7 @@ from rich.console import Console
 
 from megaphase.config.run import RunConfig
 from megaphase.estimate.hardware import hardware_of, planned_card
-from megaphase.estimate.memory_table import memory_sentences, memory_summary
+from megaphase.estimate.memory_table import memory_sentences, memory_summary, memory_warnings
 from megaphase.estimate.setup import PhaseSetup
 from megaphase.estimate.step_time_table import NO_TIME, duration, run_seconds, time_sentence
 from megaphase.launch.slurm.job_file import FOLDER, SubmittedJob, refuse_second_job, remember_job
@@ -60,9 +60,9 @@ def check(
     TrainedTokens.of(config, tokenizer.vocab_size, branch)
     setups = phase_setups(config, tokenizer, resources.processes)
     needed = memory_summary(setups, gpu_memory_gb or planned_card(config).memory_gb)
-    sentences = memory_sentences(needed)
-    if resources.gpus and not needed["layouts"][0]["fits"]:
-        raise InputError(config.where("parallel"), sentences[-1], "or set --memory")
+    does_not_fit = memory_warnings(needed)
+    if resources.gpus and does_not_fit:
+        raise InputError(config.where("parallel"), does_not_fit[0], "or set --memory")
     refuse_second_job(config.output)
     plan = preview_plan(config, tokenizer, branch, processes=resources.processes, to_train=True)
     # Slurm does not create it, and without it a job fails without an error message.
@@ -70,7 +70,10 @@ def check(
     for sentence in [*plan_warnings(plan.summary()), *held_out_warnings(config, plan.spec)]:
         console.print(f"Warning: {sentence}", style="yellow", markup=False, soft_wrap=True)
     if resources.gpus:
-        for sentence in [*sentences, *_time_sentences(config, setups, plan, resources)]:
+        for sentence in [
+            *memory_sentences(needed),
+            *_time_sentences(config, setups, plan, resources),
+        ]:
             console.print(sentence, markup=False, soft_wrap=True)
     return config
 

@@ -61,7 +61,7 @@ def _figures(layout: Setup, card_gb: float) -> dict[str, Any]:
 
 
 def memory_sentences(summary: dict[str, Any]) -> list[str]:
-    """The estimate for the run's own layout in a line, and what to do where it does not fit."""
+    """The estimate for the run's own layout in a line; of the phases and the node, where needed."""
     own = summary["layouts"][0]
     unit = memory_unit(own["bytes"])
     parts = " + ".join(
@@ -80,9 +80,12 @@ def memory_sentences(summary: dict[str, Any]) -> list[str]:
         unit = memory_unit(sum(own["host_bytes"].values()))
         host = " + ".join(f"{part} {in_unit(n, unit)}" for part, n in own["host_bytes"].items())
         sentences.append(f"Memory of the node for each GPU, offloaded: {host} {unit}")
-    if not own["fits"]:
-        sentences.append(_does_not_fit(summary))
     return sentences
+
+
+def memory_warnings(summary: dict[str, Any]) -> list[str]:
+    """That the run does not fit and what to do, in a line; none if it does."""
+    return [] if summary["layouts"][0]["fits"] else [_does_not_fit(summary)]
 
 
 def memory_differs(summary: dict[str, Any]) -> bool:

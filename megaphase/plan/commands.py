@@ -81,6 +81,7 @@ def show_command(
         largest_phase,
         memory_sentences,
         memory_summary,
+        memory_warnings,
     )
     from megaphase.estimate.step_time_table import layouts_table, speed_sentences, speed_summary
     from megaphase.plan.batch_layout import check_remaining_batches
@@ -164,7 +165,7 @@ def show_command(
         *trained_sentences(config),
     ]:
         console.print(sentence, markup=False, soft_wrap=True)
-    for sentence in [*plan_warnings(summary), *noise]:
+    for sentence in [*plan_warnings(summary), *noise, *memory_warnings(needed)]:
         console.print(f"Warning: {sentence}", style="yellow", markup=False, soft_wrap=True)
     for sentence in [*memory_sentences(needed), *speed_sentences(needed, times)]:
         console.print(sentence, markup=False, soft_wrap=True)

@@ -133,17 +133,20 @@ def read_step(
     return _batch(inputs, targets, planned.tasks, documents)
 
 
-def read_held_out(
-    stream: Stream, task: int, samples: int, pad_token_id: int, rows: slice = slice(None)
+def read_samples(
+    stream: Stream, task: int, starts: np.ndarray, pad_token_id: int, rows: int
 ) -> Batch:
-    """Return some rows, by default all, of the first `samples` samples of a stream, such as a
-    held-out one, or of all if there are fewer."""
-    numbers = np.arange(min(samples, stream.samples_per_epoch))[rows]
-    count = len(numbers)
-    starts = stream.first_starts(int(numbers[-1]) + 1 if count else 0)
-    inputs, targets, documents = _empty_rows(count, stream.seq_len)
-    stream.read(starts, numbers, np.arange(count), inputs, targets, pad_token_id, documents)
-    return _batch(inputs, targets, np.full(count, task), documents)
+    """Return the samples of a stream's epoch 0 that begin there, such as held-out ones, with rows
+    without targets after them up to `rows` in all.
+
+    starts: start_dtype [samples, 2], of samples that follow each other.
+    """
+    count = len(starts)
+    inputs, targets, documents = _empty_rows(rows, stream.seq_len)
+    numbers = np.arange(count)
+    stream.read(starts, numbers, numbers, inputs, targets, pad_token_id, documents)
+    inputs[count:], targets[count:] = pad_token_id, IGNORED_TARGET
+    return _batch(inputs, targets, np.full(rows, task), documents)
 
 
 class StepReader:

@@ -9,7 +9,7 @@ samples changes within an epoch, those of the new length take what is left of it
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -48,17 +48,17 @@ class Stream(TaskDocuments):
     def _samples_in_an_epoch(self) -> int:
         return -(-self.positions // self.seq_len)
 
-    def bytes_of_targets(self, samples: int, token_bytes: np.ndarray) -> np.ndarray:
-        """Return the bytes of text behind the targets of the first samples, float64
-        [samples, seq_len].
+    def bytes_of_targets(self, starts: np.ndarray, token_bytes: np.ndarray) -> np.ndarray:
+        """Return the bytes of text behind the targets of the samples of epoch 0 that begin there,
+        float64 [samples, seq_len].
 
         A document's bytes are those of its text before normalization; they are shared among its
         tokens in proportion to the bytes of each. Positions past a sample's end get 0.
 
-        token_bytes: int64 [vocabulary], the bytes of each token.
+        starts: start_dtype [samples, 2]. token_bytes: int64 [vocabulary], the bytes of each token.
         """
-        found = np.zeros((samples, self.seq_len))
-        for row, (slot, offset) in enumerate(self.first_starts(samples).tolist()):
+        found = np.zeros((len(starts), self.seq_len))
+        for row, (slot, offset) in enumerate(starts.tolist()):
             parts = [
                 self._bytes_of_document(document, token_bytes)[first : first + tokens]
                 for document, first, tokens in self.pieces(0, slot, offset)
@@ -103,12 +103,23 @@ class Stream(TaskDocuments):
 
     def first_starts(self, samples: int) -> np.ndarray:
         """Return slot and offset of epoch 0's first samples, in token order: [samples, 2]."""
-        starts = np.empty((samples, 2), self.start_dtype)
-        walk, done = self.walk(0), 0
+        return self._next_starts(self.walk(0), samples)
+
+    def starts_in_blocks(self, first: int, last: int, block: int) -> Iterator[np.ndarray]:
+        """Yield slot and offset of epoch 0's samples [first, last) in token order, `block` of them
+        at a time, so that memory does not depend on how many there are."""
+        walk = self.walk(0)
+        for begin in range(0, first, block):
+            self._next_starts(walk, min(block, first - begin))
+        for begin in range(first, last, block):
+            yield self._next_starts(walk, min(block, last - begin))
+
+    def _next_starts(self, walk: _builder.StreamWalk, samples: int) -> np.ndarray:
+        starts, done = np.empty((samples, 2), self.start_dtype), 0
         while done < samples:
             done += walk.fill(starts[done:], DOCUMENTS_PER_CALL)
             if done < samples and walk.at_end:
-                raise ValueError(f"an epoch of {self.task} has fewer than {samples} samples")
+                raise ValueError(f"an epoch of {self.task} has fewer samples")
         return starts
 
     def in_token_order(self, ordinals: np.ndarray) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +12,13 @@ from markupsafe import Markup
 
 from megaphase.report import page
 from megaphase.utils.errors import InputError
-from megaphase.utils.files import directory_written_aside
+from megaphase.utils.files import (
+    directory_written_aside,
+    real_path,
+    removal_path,
+    remove_abandoned,
+    remove_directory,
+)
 
 PAGE_FILE = "index.html"
 PLOTS_FOLDER = "plots"
@@ -51,19 +56,25 @@ def write_page(out: Path, title: str, content_of: Callable[[Path], PageContent])
 
 @contextmanager
 def _replacing_report(out: Path) -> Iterator[Path]:
-    """Yield a temporary directory that replaces `out` when the block ends without an error."""
+    """Yield a temporary directory that replaces `out` when the block ends without an error. A link
+    keeps leading there."""
+    out = real_path(out)
+    former = removal_path(out)
+    if former.exists() and not out.exists():  # an earlier call was killed between two renames
+        os.rename(former, out)
     refuse_all_but_report(out)
-    former = out.with_name(f".{out.name}.{os.getpid()}.former")
+    remove_abandoned(out)
     try:
         with directory_written_aside(out) as folder:
             yield folder
             if out.exists():
+                remove_directory(former)
                 os.rename(out, former)
     except BaseException:
-        if former.exists():
+        if former.exists() and not out.exists():
             os.rename(former, out)
         raise
-    shutil.rmtree(former, ignore_errors=True)
+    remove_directory(former)
 
 
 def refuse_all_but_report(out: Path, option: str = "--out") -> None:

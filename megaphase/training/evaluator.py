@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
 from megaphase.callbacks.callback import HeldOutLoss
-from megaphase.plan.dataset import Batch, read_held_out
+from megaphase.plan.dataset import Batch, read_samples
 from megaphase.plan.spec import PlanSpec
 from megaphase.plan.stream import Stream
 from megaphase.tokenizer import Tokenizer
@@ -18,6 +19,10 @@ from megaphase.utils.targets import IGNORED_TARGET
 
 Losses = dict[str, HeldOutLoss]
 """The losses of a split by task."""
+
+# Tokens that each rank reads and scores at a time: of many samples, all at once would not fit into
+# memory, where a token needs about 40 bytes.
+BLOCK_TOKENS = 1 << 20
 
 
 class HeldOutEvaluator:
@@ -44,35 +49,34 @@ class HeldOutEvaluator:
         self._token_bytes = torch.from_numpy(tokenizer.token_bytes())  # int64 [vocab]
         self._exact_bytes = tokenizer.exact_bytes
         self._of_length: dict[int, dict[str, Stream]] = {}
-        self._weights: dict[tuple[str, int, int], torch.Tensor] = {}
+        self._scored_bytes: dict[tuple[str, int, int], float] = {}
 
-    def evaluate(self, phase: int, next_task: Callable[[], object] = lambda: None) -> Losses:
+    def evaluate(self, phase: int, progress: Callable[[], object] = lambda: None) -> Losses:
         """Losses of the current weights by task; called by all ranks, same result on each.
 
         Args:
             phase: its number; the samples have its sequence length, which must be the engine's.
-            next_task: called before each of them.
+            progress: called before each block of samples.
         """
         found, numbers = {}, {task: number for number, task in enumerate(self._spec.streams)}
         for task, stream in self._streams(phase).items():
-            next_task()
-            number = numbers[task]
-            rows = self._own_rows(stream, number)
-            if torch.cuda.is_available():
-                rows = rows.pinned()
-            losses = self._engine.evaluate(rows)
-            nats = float(losses.loss_sums[number])
-            row_bytes = (
-                self._bytes_of_rows(rows)
-                if self._exact_bytes
-                else self._text_bytes_of_rows(stream, rows)
-            )
-            scored_bytes = self._engine.sum_by_task(row_bytes, rows)[number]
-            found[task] = HeldOutLoss(
-                nats / max(1.0, float(losses.tokens[number])),
-                nats / math.log(2) / max(1.0, float(scored_bytes)),
-            )
+            found[task] = self._loss(stream, numbers[task], progress)
         return found
+
+    def _loss(self, stream: Stream, task: int, progress: Callable[[], object]) -> HeldOutLoss:
+        # The bytes do not depend on the weights. The micro-batch decides which samples each rank
+        # has, and so how their sum is rounded: a resumed run must find the same one.
+        key = stream.task, stream.seq_len, self._engine.micro
+        nats, tokens, scored_bytes = 0.0, 0.0, 0.0
+        for starts, rows in self._own_blocks(stream, task, progress):
+            losses = self._engine.evaluate(rows)
+            nats += float(losses.loss_sums[task])
+            tokens += float(losses.tokens[task])
+            if key not in self._scored_bytes:
+                row_bytes = self._bytes_of_rows(stream, starts, rows)
+                scored_bytes += float(self._engine.sum_by_task(row_bytes, rows)[task])
+        scored_bytes = self._scored_bytes.setdefault(key, scored_bytes)
+        return HeldOutLoss(nats / max(1.0, tokens), nats / math.log(2) / max(1.0, scored_bytes))
 
     def _streams(self, phase: int) -> dict[str, Stream]:
         seq_len = self._spec.phases[phase].kind.seq_len
@@ -82,40 +86,32 @@ class HeldOutEvaluator:
             }
         return self._of_length[seq_len]
 
-    def _own_rows(self, stream: Stream, task: int) -> Batch:
-        """Read this data-parallel rank's samples; rows without targets fill up to equally many."""
-        samples = min(self._samples, stream.samples_per_epoch)
-        rows, _ = self._own_part(samples)
-        batch = read_held_out(stream, task, samples, self._pad_token_id, rows)
-        missing = rows.stop - rows.start - len(batch)
-        pad = torch.nn.functional.pad
-        documents = batch.documents
-        return Batch(
-            pad(batch.inputs, (0, 0, 0, missing), value=self._pad_token_id),
-            pad(batch.targets, (0, 0, 0, missing), value=IGNORED_TARGET),
-            pad(batch.tasks, (0, missing), value=task),
-            None if documents is None else pad(documents, (0, 0, 0, missing)),
-        )
+    def _own_blocks(
+        self, stream: Stream, task: int, progress: Callable[[], object]
+    ) -> Iterator[tuple[np.ndarray, Batch]]:
+        """Read this data-parallel rank's samples in blocks of whole micro-batches; yield where the
+        samples of each begin, too.
 
-    def _own_part(self, samples: int) -> tuple[slice, int]:
-        """This data-parallel rank's part of the samples, and the rows that are missing to it."""
+        Rows without targets fill up to equally many on every rank, so that all ranks have as many
+        blocks of the same sizes.
+        """
+        samples = min(self._samples, stream.samples_per_epoch)
         grid, micro = self._engine.grid, self._engine.micro
         share = -(-samples // (grid.data_size * micro)) * micro
-        rows = slice(grid.data_rank * share, (grid.data_rank + 1) * share)
-        return rows, share * grid.data_size - samples
+        block = max(1, BLOCK_TOKENS // (stream.seq_len * micro)) * micro
+        first = min(grid.data_rank * share, samples)
+        starts = stream.starts_in_blocks(first, min(first + share, samples), block)
+        nothing = np.empty((0, 2), stream.start_dtype)
+        for begin in range(0, share, block):
+            progress()
+            own, rows = next(starts, nothing), min(block, share - begin)
+            batch = read_samples(stream, task, own, self._pad_token_id, rows)
+            yield own, batch.pinned() if torch.cuda.is_available() else batch
 
-    def _text_bytes_of_rows(self, stream: Stream, batch: Batch) -> torch.Tensor:
-        """Bytes of the text behind each row's targets before normalization; float64 [samples]."""
-        # The micro-batch decides how many rows fill up, and which samples each rank has.
-        key = stream.task, stream.seq_len, self._engine.micro
-        if key not in self._weights:
-            samples = min(self._samples, stream.samples_per_epoch)
-            found = stream.bytes_of_targets(samples, self._token_bytes.numpy())
-            rows, missing = self._own_part(samples)
-            self._weights[key] = torch.from_numpy(np.pad(found, ((0, missing), (0, 0)))[rows])
-        return (self._weights[key] * (batch.targets != IGNORED_TARGET)).sum(1)
-
-    def _bytes_of_rows(self, batch: Batch) -> torch.Tensor:
-        """Bytes of the text behind each row's targets; int64 [samples]."""
+    def _bytes_of_rows(self, stream: Stream, starts: np.ndarray, batch: Batch) -> torch.Tensor:
+        """Bytes of the text before normalization behind each row's targets; [samples]."""
         scored = batch.targets != IGNORED_TARGET
-        return (self._token_bytes[batch.targets.where(scored, 0)] * scored).sum(1)
+        if self._exact_bytes:
+            return (self._token_bytes[batch.targets.where(scored, 0)] * scored).sum(1)
+        found = torch.from_numpy(stream.bytes_of_targets(starts, self._token_bytes.numpy()))
+        return pad((found * scored[: len(starts)]).sum(1), (0, len(scored) - len(starts)))

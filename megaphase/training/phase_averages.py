@@ -65,16 +65,16 @@ class PhaseAverages:
         if config is not None and config.is_due(at.phase_step):
             self._average.take(result.applied_on_device)
 
-    def losses(self, phase: int, next_task: Callable[[], object]) -> Losses | None:
+    def losses(self, phase: int, progress: Callable[[], object]) -> Losses | None:
         """The held-out losses of the average by task; None if it has not begun.
 
-        phase, next_task: see HeldOutEvaluator.
+        phase, progress: see HeldOutEvaluator.
         """
         if not self._average.taken:
             return None
-        next_task()
+        progress()
         with self._average.exchanged():
-            return self._evaluator.evaluate(phase, next_task)
+            return self._evaluator.evaluate(phase, progress)
 
     def _nothing_taken(self, at: TrainState) -> RunError:
         before, phase = self._phases[at.phase - 1], self._phases[at.phase]

@@ -17,6 +17,7 @@ from plan_support import (
     build_plan,
     phase,
     random_lengths,
+    read_held_out,
     write_corpus,
     write_run,
 )
@@ -26,7 +27,6 @@ from megaphase.corpus import Corpus, CorpusWriter, DocumentBatch, integrity
 from megaphase.corpus._checksums import block_checksums
 from megaphase.corpus.integrity import check_document, check_files, wrong_tokens
 from megaphase.distributed.all_ranks import result_or_fault
-from megaphase.plan.dataset import read_held_out
 from megaphase.plan.spec import verified_corpora
 from megaphase.utils.errors import InputError
 

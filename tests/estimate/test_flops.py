@@ -17,7 +17,13 @@ from megaphase.estimate.config import HardwareConfig
 from megaphase.estimate.gpu_specs import CARDS, card_of_device
 from megaphase.estimate.hardware import Hardware, hardware_of, peak_flops
 from megaphase.estimate.memory import estimate
-from megaphase.estimate.memory_table import in_unit, memory_sentences, memory_summary, memory_unit
+from megaphase.estimate.memory_table import (
+    in_unit,
+    memory_sentences,
+    memory_summary,
+    memory_unit,
+    memory_warnings,
+)
 from megaphase.estimate.setup import PhaseSetup, Setup
 from megaphase.estimate.step_time import step_time
 from megaphase.estimate.step_time_table import (
@@ -392,5 +398,5 @@ def test_phases_of_other_lengths_have_their_own_memory_and_time():
     assert [part.split()[0] for part in steps.split(": ", 1)[1].split("; ")] == [
         "pretrain", "long", "last",
     ]  # fmt: skip
-    too_small = memory_sentences(memory_summary(setups, 1.0))[-1]
+    [too_small] = memory_warnings(memory_summary(setups, 1.0))
     assert too_small.startswith("Phase long does not fit 1 GB: ")

@@ -19,6 +19,7 @@ from plan_support import (
     permutation,
     phase,
     random_lengths,
+    read_held_out,
     spec_of,
     write_corpus,
     write_run,
@@ -26,7 +27,6 @@ from plan_support import (
 
 from megaphase.corpus import Corpus
 from megaphase.plan import _builder
-from megaphase.plan.dataset import read_held_out
 from megaphase.plan.stream import Stream
 from megaphase.plan.task_documents import DOCUMENTS_PER_CALL
 from megaphase.utils.targets import IGNORED_TARGET

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plan_support import ReferenceStream, member_key, permutation, random_lengths, write_corpus
+from plan_support import (
+    ReferenceStream,
+    member_key,
+    permutation,
+    random_lengths,
+    read_held_out,
+    write_corpus,
+)
 from translation_support import (
     TAG,
     ExpectedRow,
@@ -23,7 +30,6 @@ from translation_support import (
 
 from megaphase.corpus import Corpus
 from megaphase.plan import _builder
-from megaphase.plan.dataset import read_held_out
 from megaphase.plan.packed_stream import PackedStream
 from megaphase.plan.stream import Stream
 from megaphase.utils.targets import IGNORED_TARGET

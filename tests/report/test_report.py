@@ -5,6 +5,9 @@ import itertools
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +38,7 @@ from megaphase.report.report import (
     verdicts,
     write_report,
 )
+from megaphase.report.report_files import write_page
 from megaphase.sweep.commands import report_command
 from megaphase.utils.errors import InputError
 from megaphase.utils.plot_style import LABEL_GAP_POINTS, WIDE, line_colours, spread
@@ -286,6 +290,39 @@ def test_report_replaces_a_report_and_nothing_else(run_dir, tmp_path):
     with pytest.raises(InputError, match="not an earlier report"):
         write_report([run_dir], run_dir)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report"]
+
+
+# Writes a report, and is killed when the new one is to be given its name.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from megaphase.report.report import write_report
+
+def rename_or_die(source, target, rename=os.rename):
+    if str(source).endswith(".partial"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename(source, target)
+
+os.rename = rename_or_die
+write_report([Path(sys.argv[1])], Path(sys.argv[2]))
+"""
+
+
+def test_a_report_survives_a_kill_between_two_renames(run_dir, tmp_path):
+    out = tmp_path / "report"
+    (tmp_path / "link").symlink_to("report")
+    page = write_report([run_dir], out).read_text()
+    killed = subprocess.run([sys.executable, "-c", KILLED, run_dir, tmp_path / "link"])
+    assert killed.returncode == -signal.SIGKILL
+    assert not out.exists()
+    assert len(list(tmp_path.glob(".report.*.partial"))) == 1
+    with pytest.raises(ZeroDivisionError):  # even a call that fails restores the earlier one
+        write_page(out, "none", lambda folder: 1 // 0)
+    assert (out / "index.html").read_text() == page
+    write_report([run_dir], tmp_path / "link")
+    assert (out / "plots").is_dir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "report"]
+    assert (tmp_path / "link").is_symlink()
 
 
 EARLY = (("pretrain", 40, PHASES[0][2]), ("joint", 20, PHASES[1][2]))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from plan_support import TOKENIZER_HASH, as_rows
+from plan_support import TOKENIZER_HASH, as_rows, read_held_out
 
 from megaphase.corpus import CorpusWriter, DocumentBatch
-from megaphase.plan.dataset import StepReader, read_held_out
+from megaphase.plan.dataset import StepReader
 from megaphase.plan.plan import Plan
 
 TAG = 59_999

@@ -21,11 +21,12 @@ from megaphase.corpus import CorpusWriter, DocumentBatch
 from megaphase.corpus.format import token_dtype
 from megaphase.plan import _builder
 from megaphase.plan.build import ensure_built
-from megaphase.plan.dataset import Batch
+from megaphase.plan.dataset import Batch, read_samples
 from megaphase.plan.index import block_size, task_dtype
 from megaphase.plan.mixture import integer_weights
 from megaphase.plan.plan import Plan
 from megaphase.plan.spec import PlanSpec, plan_spec
+from megaphase.plan.stream import Stream
 
 TOKENIZER_HASH = "0123"
 MASK = 2**64 - 1
@@ -141,6 +142,13 @@ def spec_of(config: RunConfig, used: Mapping[str, int] | None = None) -> PlanSpe
 def build_plan(config: RunConfig, used: Mapping[str, int] | None = None) -> Plan:
     spec = spec_of(config, used)
     return Plan(spec, ensure_built(spec, config.output))
+
+
+def read_held_out(stream: Stream, task: int, samples: int, pad_token_id: int) -> Batch:
+    """Return the first `samples` samples of a stream, such as a held-out one, or all if there are
+    fewer."""
+    starts = stream.first_starts(min(samples, stream.samples_per_epoch))
+    return read_samples(stream, task, starts, pad_token_id, len(starts))
 
 
 def as_rows(batch: Batch) -> list[tuple]:

@@ -136,7 +136,7 @@ def test_the_bytes_of_targets_are_those_of_the_original_text(corpora: Path) -> N
     run("data", "tokenize", file, "--tokenizer", corpora / "tok", "--out", out)
     sizes = tokenizer.token_bytes()
     stream = Stream("a", Corpus.open(out), seed=1, seq_len=64, fraction=0.3, split="validation")
-    found = stream.bytes_of_targets(stream.samples_per_epoch, sizes)
+    found = stream.bytes_of_targets(stream.first_starts(stream.samples_per_epoch), sizes)
     # All but the first token are targets once.
     document, first, _ = stream.pieces(0, *stream.first_starts(1)[0].tolist())[0]
     begin = stream.corpus.document(document)

@@ -7,6 +7,7 @@ import re
 import pytest
 from distributed import check, launch
 from plain_gpt import PlainGPT, PlainShape
+from plan_support import read_held_out
 from rounding import FP32, approx_validation
 from run_support import (
     HELD_OUT,
@@ -24,7 +25,7 @@ from warm_commands import run, run_killed, run_well
 
 from megaphase.checkpoint.parameters import WEIGHT
 from megaphase.convert.source import open_source
-from megaphase.plan.dataset import read_held_out, read_step
+from megaphase.plan.dataset import read_step
 from megaphase.plan.load_plan import open_run, preview_plan
 
 SWITCH, END = STEPS[0], sum(STEPS)

@@ -120,8 +120,9 @@ def test_training_learns_and_low_resource_text_waits_for_its_phase(single):
 
 def test_bits_per_byte_are_nats_over_the_bytes_of_the_scored_text(single, corpora):
     """Compared with a count that decodes each scored token separately."""
+    from plan_support import read_held_out
+
     from megaphase.config.load import load_run_file
-    from megaphase.plan.dataset import read_held_out
     from megaphase.plan.spec import plan_spec
     from megaphase.tokenizer import Tokenizer
 

@@ -12,6 +12,7 @@ import pytest
 from distributed import check, launch, run_ranks
 from engine_support import TASKS, build_engine, global_batch, model_weights, share
 from engine_support import run_config as engine_config
+from plan_support import read_held_out
 from rounding import FP32, approx_validation
 from run_support import (
     make_corpora,
@@ -26,7 +27,7 @@ from translation_support import random_hashes, write_documents
 
 from megaphase.config.load import load_run_file
 from megaphase.distributed.all_ranks import process_group
-from megaphase.plan.dataset import Batch, read_held_out
+from megaphase.plan.dataset import Batch
 from megaphase.plan.spec import plan_spec
 from megaphase.tokenizer import Tokenizer
 from megaphase.utils.targets import IGNORED_TARGET
