@@ -10,13 +10,11 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
 from megaphase.launch.slurm.job_file import (
@@ -26,48 +24,31 @@ from megaphase.launch.slurm.job_file import (
     read_job,
     remember_job,
 )
-from megaphase.launch.slurm.pipeline import (
-    Pipeline,
-    job_and_log,
-    load_pipeline,
-    scripts,
-    submit_pipeline,
-)
+from megaphase.launch.slurm.pipeline import Pipeline, job_and_log, scripts, submit_pipeline
 from megaphase.launch.slurm.requeue import ENDED_AFTER
 from megaphase.sweep.directory import SweepDirectory, run_file_text
 from megaphase.sweep.display import SweepDisplay
 from megaphase.sweep.file import ClusterJobs
-from megaphase.sweep.measurements import (
-    EVALUATION,
-    TRANSLATION,
-    Measurement,
-    is_measured,
-    measurements,
-)
+from megaphase.sweep.measurements import EVALUATION, TRANSLATION, is_measured, measurements
 from megaphase.sweep.outcome import Outcome
 from megaphase.sweep.planning.pruning import PendingRun, SweepState, sweep_state
+from megaphase.sweep.slurm_round import (
+    NEXT,
+    Groups,
+    array_size,
+    groups_of,
+    make_link,
+    result_name,
+    write_round,
+)
 from megaphase.sweep.start import checked_sweep, refuse_failures, say_warnings
 from megaphase.sweep.sweep import Sweep
-from megaphase.sweep.trial_run import (
-    collect_results,
-    has_ended,
-    last_line,
-    outcome_if_ended,
-    train_arguments,
-)
+from megaphase.sweep.trial_run import collect_results, has_ended, last_line, outcome_if_ended
 from megaphase.sweep.trials import Trial, all_trials, known_trials
 from megaphase.utils.errors import InputError
-from megaphase.utils.files import (
-    atomic_write_text,
-    last_lines,
-    make_directory,
-    real_path,
-    remove_directory,
-)
-from megaphase.utils.slurm import USUAL_ARRAY_SIZE, max_array_size, queued_jobs
+from megaphase.utils.files import atomic_write_text, last_lines, remove_directory
+from megaphase.utils.slurm import queued_jobs
 
-NEXT = "next"
-PIPELINE_FILE = "pipeline.yaml"
 _DRY_RUN = "dry-run"
 _ROUND = re.compile(r"round-(\d+)")
 # Lines of a job's log: the last line of its script, the line of a rank before it, and Slurm's line
@@ -76,9 +57,6 @@ _GIVEN_UP = re.compile(r"megaphase: job \S+: ")
 _RANK = re.compile(r"\S+: megaphase: ")
 _CUT_OFF = re.compile(r"slurmstepd\S*: .*?\*\*\* (.* CANCELLED AT .*) \*\*\*")
 _LAST_LINES = 5
-
-Groups = Mapping[str, Sequence[PendingRun]]
-"""The runs that one array trains, with the same command except for the run file, by array name."""
 
 
 def sweep_on_slurm(path: Path, program: Any, *, retry: bool, console: Console) -> Path | None:
@@ -120,8 +98,8 @@ def next_scripts(path: Path, program: Any) -> Iterator[tuple[str, Sequence[str],
     def write_run_file(trial: Trial, file: Path) -> None:
         atomic_write_text(file, run_file_text(trial))
 
-    groups = _groups(pending_runs, _array_size())
-    pipeline = _write_round(
+    groups = groups_of(pending_runs, array_size())
+    pipeline = write_round(
         found, directory, jobs, groups, folder, program, write_run_file=write_run_file
     )
     for name, script in scripts(pipeline).items():
@@ -246,11 +224,11 @@ class SlurmSweep:
         )
 
     def _submit(self, pending_runs: Sequence[PendingRun], behind: set[str], ended: int) -> None:
-        groups = _groups(pending_runs, _array_size())
+        groups = groups_of(pending_runs, array_size())
         number = 1 + max(_rounds(self.directory), default=0)
         folder = self.directory.slurm / f"round-{number:03}"
         try:
-            pipeline = _write_round(
+            pipeline = write_round(
                 self.sweep,
                 self.directory,
                 self.jobs,
@@ -276,7 +254,7 @@ class SlurmSweep:
         self._say(f"Show results: megaphase report {shlex.quote(str(self.directory.path))}")
 
     def _link_run_file(self, trial: Trial, link: Path) -> None:
-        _link(link, self.directory.write_run_file(self.sweep, trial))
+        make_link(link, self.directory.write_run_file(self.sweep, trial))
 
     def _link_results(self, groups: Groups, folder: Path) -> None:
         """Link the results of a run's measurements by task number, since a task of an array does
@@ -284,8 +262,8 @@ class SlurmSweep:
         for name, pending_runs in groups.items():
             for task, (trial, end_after) in enumerate(pending_runs):
                 for each in measurements(self.sweep, trial) if end_after is None else ():
-                    result = folder / name / _result_name(each, task)
-                    _link(each.result(self.directory, trial.name), result)
+                    result = folder / name / result_name(each, task)
+                    make_link(each.result(self.directory, trial.name), result)
 
     def _remember(self, pipeline: Pipeline, jobs: Mapping[str, str], groups: Groups) -> None:
         """Record which job starts the next round, and which ones measure."""
@@ -305,112 +283,6 @@ def _rounds(directory: SweepDirectory) -> list[int]:
     """Return the numbers of the submitted rounds."""
     folders = directory.slurm.glob("round-*")
     return [int(match[1]) for path in folders if (match := _ROUND.fullmatch(path.name))]
-
-
-def _array_size() -> int:
-    """Return how many runs an array may train."""
-    return max_array_size() or USUAL_ARRAY_SIZE
-
-
-def _groups(pending_runs: Sequence[PendingRun], most: int) -> Groups:
-    """Group runs that are started and measured in the same way, at most so many in a group."""
-    groups: dict[str, list[PendingRun]] = {}
-    for pending in pending_runs:
-        trial, end_after = pending
-        name = trial.source or ("single-stage" if trial.is_final else "first-stage")
-        if trial.source is not None and not trial.is_final:
-            name += "-first-stage"
-        name += "" if end_after is None else f"-to-{end_after}"
-        name += "-best" if trial.takes_best else ""
-        name += "-average" if trial.takes_average else ""
-        # The checkpoint that is measured has the name of the last phase.
-        phase = trial.phases[-1]["name"]
-        if name in groups and groups[name][0].trial.phases[-1]["name"] != phase:
-            name += f"-{phase}"
-        groups.setdefault(name, []).append(pending)
-    return _split(groups, most)
-
-
-def _split(groups: Groups, most: int) -> Groups:
-    """Split larger groups; the further parts of `first-stage` are `first-stage-2` and so on."""
-    parts: dict[str, Sequence[PendingRun]] = {}
-    for name, members in groups.items():
-        numbered = (f"{name}-{number}" for number in count(2))
-        names = chain([name], (each for each in numbered if each not in groups))
-        for start in range(0, len(members), most):
-            parts[next(names)] = members[start : start + most]
-    return parts
-
-
-def _write_round(
-    sweep: Sweep,
-    directory: SweepDirectory,
-    jobs: ClusterJobs,
-    groups: Groups,
-    folder: Path,
-    program: Any,
-    *,
-    write_run_file: Callable[[Trial, Path], None],
-) -> Pipeline:
-    """Write the pipeline that trains runs, and the files that it names, into its folder.
-
-    write_run_file: makes the file of this path the run file of a run.
-    """
-    for name, members in groups.items():
-        make_directory(folder / name)
-        for task, (trial, _) in enumerate(members):
-            write_run_file(trial, folder / name / f"{task}.yaml")
-    content = {"logs": "logs", "steps": _steps(sweep, directory, jobs, groups, folder)}
-    make_directory(folder)
-    atomic_write_text(folder / PIPELINE_FILE, yaml.safe_dump(content, sort_keys=False))
-    return load_pipeline(folder / PIPELINE_FILE, program)
-
-
-def _result_name(measurement: Measurement, task: int | str) -> str:
-    return f"{task}-{measurement.name}.json"
-
-
-def _link(link: Path, target: Path) -> None:
-    """Make a relative link to a file that may not exist yet."""
-    link.unlink(missing_ok=True)
-    link.symlink_to(os.path.relpath(target, link.parent))
-
-
-def _steps(
-    sweep: Sweep, directory: SweepDirectory, jobs: ClusterJobs, groups: Groups, folder: Path
-) -> dict[str, dict[str, Any]]:
-    """Return the steps of a round; the last one calls `megaphase sweep` again."""
-    steps: dict[str, dict[str, Any]] = {}
-    for name, members in groups.items():
-        (trial, end_after), run_file = members[0], Path(name, "%task.yaml")
-        array: dict[str, Any] = {"array": len(members)}
-        if jobs.at_a_time is not None:
-            array["at_a_time"] = jobs.at_a_time
-        train = train_arguments(directory, trial, run_file, 1, end_after)
-        steps[name] = {"train": shlex.join(train[1:]), **array, **jobs.training}
-        for each in measurements(sweep, trial) if end_after is None else ():
-            result = folder / name / _result_name(each, "%task")
-            command = each.arguments(sweep, trial, run_file, result)
-            steps[f"{name}-{each.name}"] = {
-                "command": shlex.join(command),
-                **array,
-                "after": [name],
-                "after_failures": True,
-                **_of_one_process(jobs),
-            }
-    # Not the target of a link, to whose folder relative paths would then be relative.
-    again = ["sweep", str(real_path(sweep.file.parent) / sweep.file.name), "--slurm"]
-    steps[NEXT] = {"command": shlex.join(again), "sbatch": list(jobs.next_options)}
-    if groups:
-        steps[NEXT] |= {"after": [name for name in steps if name != NEXT], "after_failures": True}
-    return steps
-
-
-def _of_one_process(jobs: ClusterJobs) -> dict[str, Any]:
-    """Return the resources of a measurement: those of one process of the run."""
-    gpu = ["--gpus-per-node=1"] if jobs.gpus_per_node else []
-    cores = {} if jobs.cores is None else {"cores": jobs.cores}
-    return {"sbatch": [*jobs.options, *gpu], **cores}
 
 
 def _cut_off(log: Path) -> str | None:

@@ -25,7 +25,7 @@ from megaphase.launch.slurm.script import (
 from megaphase.launch.slurm.submit import script_for
 from megaphase.sweep.directory import SweepDirectory
 from megaphase.sweep.file import ClusterJobs
-from megaphase.sweep.slurm import _steps
+from megaphase.sweep.slurm_round import steps_of
 from megaphase.utils.errors import InputError
 from megaphase.utils.slurm import sbatch_options
 
@@ -85,7 +85,7 @@ def test_a_job_reads_a_linked_file_where_the_link_is(tmp_path: Path) -> None:
     assert pipeline.folder == here
     sweep = sweep_of(here / "sweep", {"static": {"rates": [0.1]}}, slurm={"gpus_per_node": 0})
     assert sweep.config.slurm is not None
-    steps = _steps(sweep, SweepDirectory(here / "sweep"), sweep.config.slurm, {}, here)
+    steps = steps_of(sweep, SweepDirectory(here / "sweep"), sweep.config.slurm, {}, here)
     assert steps["next"]["command"] == f"sweep {here / 'languages.yaml'} --slurm"
 
 

@@ -23,7 +23,7 @@ from megaphase.sweep.outcome import Outcome
 from megaphase.sweep.pareto.points import points_of
 from megaphase.sweep.pareto.verdict import progress_of
 from megaphase.sweep.planning.pruning import PendingRun
-from megaphase.sweep.slurm import _groups
+from megaphase.sweep.slurm_round import groups_of
 from megaphase.sweep.trial_run import train_arguments
 from megaphase.sweep.trials import (
     Trial,
@@ -307,7 +307,7 @@ def test_runs_of_one_array_have_one_command_apart_from_the_run_file() -> None:
     directory, file = SweepDirectory(sweep.output), Path("x.yaml")
     known = known_trials(sweep, outcomes)
     ready = [trial for trial in ready_trials(known, outcomes) if trial.source]
-    groups = _groups([PendingRun(trial, None) for trial in ready], most=1001)
+    groups = groups_of([PendingRun(trial, None) for trial in ready], most=1001)
     assert len(groups) == 5
     for name, pending_runs in groups.items():
         assert name.startswith(first.name)
@@ -333,7 +333,7 @@ def test_large_groups_are_split_under_names_that_no_other_has() -> None:
         for source, seeds in (("a", 5), ("a-2", 2))
         for seed in range(seeds)
     ]
-    groups = _groups(runs, most=2)
+    groups = groups_of(runs, most=2)
     assert list(groups) == ["a", "a-3", "a-4", "a-2"]
     assert [len(members) for members in groups.values()] == [2, 2, 1, 2]
     assert [each for members in groups.values() for each in members] == runs
