@@ -133,8 +133,8 @@ def merge_command(
 
     Example: megaphase data merge data/en-1 data/en-2 --out data/en --dedup
     """
+    from megaphase.data_tools.corpora.input_removal import merge_and_remove
     from megaphase.data_tools.corpora.merge import merge
-    from megaphase.data_tools.corpora.removal import merge_and_remove
     from megaphase.data_tools.shards import existing_shards
 
     if shards == bool(prefixes):

@@ -28,7 +28,7 @@ from megaphase.corpus import Corpus, CorpusWriter
 from megaphase.corpus.batch import batches_of
 from megaphase.corpus.manifest import ShardOf
 from megaphase.data_tools.commands import data_app
-from megaphase.data_tools.corpora import duplicates, removal, shuffle
+from megaphase.data_tools.corpora import duplicates, input_removal, shuffle
 from megaphase.data_tools.corpora import merge as merge_module
 from megaphase.data_tools.corpora.merge import merge
 from megaphase.data_tools.corpora.verify import verify_corpus
@@ -266,14 +266,14 @@ def test_a_corpus_that_is_replaced_during_the_merge_is_not_removed(
 ) -> None:
     for number, name in enumerate("ab"):
         write(tmp_path / name, [[1 + number]])
-    real = removal.merge
+    real = input_removal.merge
 
     def merge_and_replace(*arguments, **options):
         real(*arguments, **options)
         write(tmp_path / "b", [[5]], overwrite=True)
 
-    monkeypatch.setattr(removal, "merge", merge_and_replace)
-    removal.merge_and_remove([tmp_path / "a", tmp_path / "b"], tmp_path / "en")
+    monkeypatch.setattr(input_removal, "merge", merge_and_replace)
+    input_removal.merge_and_remove([tmp_path / "a", tmp_path / "b"], tmp_path / "en")
     assert megatron_documents(tmp_path / "en") == [[1, EOD], [2, EOD]]
     assert megatron_documents(tmp_path / "b") == [[5, EOD]]
 

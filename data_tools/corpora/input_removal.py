@@ -37,7 +37,8 @@ def merge_and_remove(
     job = hash_json({"inputs": names, "dedup": drop_duplicates, "shuffle": shuffle_seed})
     # Of a removal that was stopped, a part of the shards may be left, or none.
     shards = existing_shards(out, may_be_none=True) if prefixes is None else []
-    if DueRemoval.found(job, shards, out) is None:
+    due = DueRemoval.found(job, shards, out)
+    if due is None:
         inputs = existing_shards(out) if prefixes is None else prefixes
         removed = [prefix for prefix in map(real_path, inputs) if prefix != real_path(out)]
         # Read now, so that none is removed that takes an input's place meanwhile.
@@ -53,7 +54,8 @@ def merge_and_remove(
             ).write(out),
             console=console,
         )
-    if due := DueRemoval.found(job, shards, out):
+        due = DueRemoval.found(job, shards, out)
+    if due is not None:
         due.carry_out(out)
     return Manifest.read(out)
 
