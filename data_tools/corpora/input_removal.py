@@ -37,27 +37,63 @@ def merge_and_remove(
     job = hash_json({"inputs": names, "dedup": drop_duplicates, "shuffle": shuffle_seed})
     # Of a removal that was stopped, a part of the shards may be left, or none.
     shards = existing_shards(out, may_be_none=True) if prefixes is None else []
+    merged = merged_before(job, out, shards)
+    if merged is not None:
+        return merged
+    return merge_for_job(
+        job,
+        existing_shards(out) if prefixes is None else prefixes,
+        out,
+        drop_duplicates=drop_duplicates,
+        shuffle_seed=shuffle_seed,
+        overwrite=overwrite,
+        console=console,
+    )
+
+
+def merged_before(job: str, out: Path, shards: Sequence[Path] = ()) -> Manifest | None:
+    """Return the manifest of `out` if a run of the same job had merged it and was stopped in the
+    removal of its inputs, which is then completed; else None.
+
+    shards: corpora that must have been among the inputs.
+    """
     due = DueRemoval.found(job, shards, out)
     if due is None:
-        inputs = existing_shards(out) if prefixes is None else prefixes
-        removed = [prefix for prefix in map(real_path, inputs) if prefix != real_path(out)]
-        # Read now, so that none is removed that takes an input's place meanwhile.
-        files = {str(prefix): Manifest.read(prefix).files for prefix in removed}
-        merge(
-            inputs,
-            out,
-            drop_duplicates=drop_duplicates,
-            shuffle_seed=shuffle_seed,
-            overwrite=overwrite,
-            before_publishing=lambda result: DueRemoval(
-                job=job, result=_digest(result), inputs=files
-            ).write(out),
-            console=console,
-        )
-        due = DueRemoval.found(job, shards, out)
-    if due is not None:
-        due.carry_out(out)
+        return None
+    due.carry_out(out)
     return Manifest.read(out)
+
+
+def merge_for_job(
+    job: str,
+    inputs: Sequence[Path],
+    out: Path,
+    *,
+    drop_duplicates: bool,
+    shuffle_seed: int | None,
+    overwrite: bool,
+    console: Console | None,
+) -> Manifest:
+    """Merge corpora, see `merge`, and remove those that nobody replaced meanwhile.
+
+    job: by which `merged_before` will know the result.
+    """
+    removed = [prefix for prefix in map(real_path, inputs) if prefix != real_path(out)]
+    # Read now, so that none is removed that takes an input's place meanwhile.
+    files = {str(prefix): Manifest.read(prefix).files for prefix in removed}
+    manifest = merge(
+        inputs,
+        out,
+        drop_duplicates=drop_duplicates,
+        shuffle_seed=shuffle_seed,
+        overwrite=overwrite,
+        before_publishing=lambda result: DueRemoval(
+            job=job, result=_digest(result), inputs=files
+        ).write(out),
+        console=console,
+    )
+    merged_before(job, out)
+    return manifest
 
 
 class DueRemoval(BaseModel):

@@ -131,11 +131,6 @@ def _check_space(out: Path, needed: int) -> None:
         )
 
 
-def remove_corpus(prefix: Path) -> None:
-    """Remove a corpus's files, the manifest first: files without a manifest are not a corpus."""
-    remove_files(prefix, Manifest.read(prefix).files)
-
-
 def remove_files(prefix: Path, suffixes: Iterable[str]) -> None:
     """Remove the manifest and the data files of a corpus that have these suffixes."""
     for suffix in (MANIFEST_SUFFIX, *suffixes):

@@ -15,10 +15,10 @@ from rich.console import Console
 from megaphase.chats.encoder import ChatEncoder
 from megaphase.chats.tokenizers_library import check_keeps_control_tokens
 from megaphase.corpus import CorpusWriter, Manifest
-from megaphase.corpus.manifest import ShardOf
+from megaphase.corpus.manifest import ShardOf, corpus_file
 from megaphase.corpus.staging import saved_documents
-from megaphase.corpus.writer import refuse_existing, refuse_own_input
-from megaphase.data_tools.corpora.merge import merge, remove_corpus
+from megaphase.corpus.writer import CORPUS_SUFFIXES, refuse_existing, refuse_own_input
+from megaphase.data_tools.corpora.input_removal import merge_for_job, merged_before
 from megaphase.data_tools.ordered_pool import ordered_map
 from megaphase.data_tools.shards import WHOLE, ShardChoice, begun_shards, parts_of
 from megaphase.data_tools.text import (
@@ -174,6 +174,9 @@ def tokenize(
             return Manifest.read(prefix)
         return _encode(tokenization, prefix, True, workers, skip_wrong, overwrite, console)
     prefix = out.with_name(f".{out.name}.unordered")
+    job = hash_json([tokenization.job, drop_duplicates, shuffle_seed])
+    if tokenization.can_be_resumed and (found := merged_before(job, out)):
+        return found
     wanted = reader_count(inputs, workers)
     readers = _readers_begun(tokenization, out if in_order else prefix, prefix, wanted)
     if in_order and readers == 1:
@@ -193,7 +196,9 @@ def tokenize(
     else:
         parts = [ShardChoice(number, readers).prefix(prefix) for number in range(readers)]
         tokenize_parts(part, readers, at_once, sum(map(size_on_disk, inputs)), console)
-    manifest = merge(
+    _remove_other_parts(prefix, kept=parts)
+    return merge_for_job(
+        job,
         parts,
         out,
         drop_duplicates=drop_duplicates,
@@ -201,10 +206,6 @@ def tokenize(
         overwrite=overwrite,
         console=console,
     )
-    for each in parts:
-        remove_corpus(each)
-    _remove_other_parts(prefix)
-    return manifest
 
 
 def _readers_begun(tokenization: Tokenization, whole: Path, prefix: Path, wanted: int) -> int:
@@ -228,10 +229,12 @@ def _saved_documents(tokenization: Tokenization, prefix: Path) -> int:
     return saved_documents(prefix, tokenization.shard_job)
 
 
-def _remove_other_parts(prefix: Path) -> None:
-    """Remove what a killed run of another job left behind."""
+def _remove_other_parts(prefix: Path, kept: Sequence[Path] = ()) -> None:
+    """Remove what a killed run of another job left behind; kept: whole parts of this one."""
+    files = {corpus_file(part, suffix) for part in kept for suffix in CORPUS_SUFFIXES}
     for path in prefix.parent.glob(f"{glob.escape(prefix.name)}.*"):
-        path.unlink(missing_ok=True)
+        if path not in files:
+            path.unlink(missing_ok=True)
     for draft in prefix.parent.glob(f".{glob.escape(prefix.name)}.*draft"):
         remove_directory(draft)
 

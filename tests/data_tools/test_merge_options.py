@@ -8,6 +8,7 @@ import signal
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -154,11 +155,11 @@ def test_only_the_merge_is_done_again(tok: Path, tmp_path: Path, monkeypatch) ->
 
     path = write_jsonl(tmp_path / "a.jsonl", ["one", "two", "one"])
     out = tmp_path / "out" / "en"
-    real = module.merge
-    monkeypatch.setattr(module, "merge", lambda *a, **b: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        tokenize([path], tok, out, workers=1, drop_duplicates=True)
-    monkeypatch.setattr(module, "merge", real)
+    with monkeypatch.context() as stopped:
+        stop = mock.Mock(side_effect=KeyboardInterrupt)
+        stopped.setattr(input_removal, "merge", stop)
+        with pytest.raises(KeyboardInterrupt):
+            tokenize([path], tok, out, workers=1, drop_duplicates=True)
     monkeypatch.setattr(module, "ordered_map", None)
     assert tokenize([path], tok, out, workers=1, drop_duplicates=True).documents == 2
     assert files_of(out.parent) == CORPUS_FILES

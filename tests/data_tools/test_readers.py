@@ -217,6 +217,52 @@ def test_killed_it_goes_on_with_as_many_readers(
     assert files_of(out.parent) == CORPUS_FILES
 
 
+# Killed when so many files of the parts have been removed.
+KILLED_IN_THE_REMOVAL = """if True:
+    import json, os, signal, sys
+    from pathlib import Path
+    from megaphase.data_tools.tokenization import readers
+    from megaphase.data_tools.tokenization.tokenize import tokenize
+    if __name__ == "__main__":
+        readers.WORKERS_PER_READER = 1
+        left, unlink = int(sys.argv[1]), Path.unlink
+        def counted(path, **options):
+            global left
+            if Path(f"{prefix}.json").exists() and path.name.startswith(".en."):
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                left -= 1
+            unlink(path, **options)
+        Path.unlink = counted
+        options = json.loads(sys.argv[2])
+        tokenizer, prefix, *inputs = map(Path, sys.argv[3:])
+        tokenize(inputs, tokenizer, prefix, workers=2, **options)
+"""
+
+
+@pytest.mark.usefixtures("one_worker_each")
+@pytest.mark.parametrize("removed", [0, 1, 9])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"drop_duplicates": True}, {"shuffle_seed": 3}],
+    ids=["order", "dedup", "shuffle"],
+)
+def test_killed_in_the_removal_of_the_parts_it_completes_that(
+    tok: Path, inputs: list[Path], tmp_path: Path, options: dict[str, object], removed: int
+) -> None:
+    tokenize(inputs, tok, tmp_path / "one", workers=1, **options)  # type: ignore[arg-type]
+    out = tmp_path / "out" / "en"
+    process = start_python(KILLED_IN_THE_REMOVAL, removed, json.dumps(options), tok, out, *inputs)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert [path for path in out.parent.iterdir() if "unordered" in path.name]
+    with pytest.raises(InputError, match="exists already"):  # of other text
+        tokenize(inputs[1:], tok, out, workers=2, **options)  # type: ignore[arg-type]
+    tokenize(inputs, tok, out, workers=3, **options)  # type: ignore[arg-type]
+    assert corpus_bytes(out) == corpus_bytes(tmp_path / "one")
+    assert files_of(out.parent) == CORPUS_FILES
+
+
 RUN = """if True:
     import sys
     from pathlib import Path
