@@ -19,10 +19,10 @@ from megaphase.data_tools.options import (
     Shuffle,
     Template,
     Workers,
-    available_cores,
     reading_of,
 )
 from megaphase.utils.arguments import named
+from megaphase.utils.cores import available_cores
 from megaphase.utils.errors import InputError
 from megaphase.utils.remote_files import is_url
 from megaphase.utils.standard_streams import new_console

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from megaphase.data_tools.options import Dedup, Overwrite, Shuffle, Workers, available_cores
+from megaphase.data_tools.options import Dedup, Overwrite, Shuffle, Workers
 from megaphase.utils.arguments import finite, named
+from megaphase.utils.cores import available_cores
 from megaphase.utils.errors import InputError
 from megaphase.utils.standard_streams import new_console
 

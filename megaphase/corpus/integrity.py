@@ -8,7 +8,6 @@ csrc/token_check.hpp.
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_right
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ import numpy as np
 from megaphase.corpus.batch import checksums
 from megaphase.corpus.manifest import BLOCKS_SUFFIX, TARGETS_SUFFIX, Suffix, corpus_file
 from megaphase.corpus.reader import Corpus
+from megaphase.utils.cores import available_cores
 from megaphase.utils.errors import InputError, RunError, file_fault
 from megaphase.utils.files import hash_file
 
@@ -37,7 +37,7 @@ def check_files(corpora: Iterable[Corpus], number: int = 0, of: int = 1) -> None
         InputError: a file has been altered.
     """
     files = _compared_files(corpora)[number::of]
-    threads = min(len(os.sched_getaffinity(0)), _MOST_THREADS)
+    threads = min(available_cores(), _MOST_THREADS)
     with ThreadPoolExecutor(threads, thread_name_prefix="corpus-check") as pool:
         for error in pool.map(lambda file: _error_of_file(*file), files):
             if error is not None:

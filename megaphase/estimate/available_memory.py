@@ -14,11 +14,10 @@ from megaphase.estimate.setup import Device, Setup, setup_of
 from megaphase.estimate.state_memory import average_bytes, states_of
 from megaphase.estimate.suggestions import GB
 from megaphase.model.shape import GPTShape
+from megaphase.utils.cgroups import own_cgroups
 from megaphase.utils.errors import InputError
 
 _MEMINFO = Path("/proc/meminfo")
-_OWN_CGROUP = Path("/proc/self/cgroup")
-_CGROUPS = Path("/sys/fs/cgroup")
 _UNLIMITED = 1 << 62  # version 1 has a number for it: 2**63 less a page
 
 
@@ -81,33 +80,16 @@ def _of_the_machine() -> Iterator[int]:
 
 
 def _of_cgroups() -> Iterator[int]:
-    """What is left below the limit of every cgroup, of either version, around this process."""
-    try:
-        lines = [line.split(":", 2) for line in _OWN_CGROUP.read_text().splitlines()]
-    except OSError:
-        return
-    for _, controllers, name in lines:
-        if not controllers:
-            yield from _below(_CGROUPS, name, "memory.max", "memory.current", "")
-        elif "memory" in controllers.split(","):
-            mount = _CGROUPS / "memory"
-            files = ("memory.limit_in_bytes", "memory.usage_in_bytes")
-            yield from _below(mount, name, *files, "total_")
-
-
-def _below(mount: Path, name: str, limit_file: str, used_file: str, prefix: str) -> Iterator[int]:
-    """What is left in a cgroup and those around it; the page cache is left, as in MemAvailable.
-
-    prefix: of the figures in memory.stat that count the cgroups within, too.
-    """
-    folder = mount / name.lstrip("/")
-    for each in (folder, *folder.parents):
-        if each == mount.parent:
-            return
+    """What is left below the limit of every cgroup around this process; the page cache is left, as
+    in MemAvailable."""
+    for folder, version in own_cgroups("memory"):
+        if version == 2:
+            names, prefix = ("memory.max", "memory.current"), ""
+        else:  # there, figures with this prefix count the cgroups within, too
+            names, prefix = ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_"
         try:
-            limit = int((each / limit_file).read_text())
-            used = int((each / used_file).read_text())
-            figures = dict(line.split() for line in (each / "memory.stat").open())
+            limit, used = (int((folder / name).read_text()) for name in names)
+            figures = dict(line.split() for line in (folder / "memory.stat").open())
         except (OSError, ValueError):  # no such limit: `max`
             continue
         cached = (int(figures.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active"))

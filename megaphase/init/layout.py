@@ -22,6 +22,7 @@ from megaphase.estimate.step_time import step_time
 from megaphase.estimate.suggestions import CHECKPOINTING, GB, RESERVE, TENSOR_SIZES, fits
 from megaphase.model.parameters import train_flops_per_token
 from megaphase.model.shape import GPTShape
+from megaphase.utils.cores import available_cores
 from megaphase.utils.errors import InputError
 
 CPU = "cpu"  # in place of a card's name
@@ -76,13 +77,8 @@ class GPUs:
     def describe(self) -> str:
         """Return number and name."""
         if self.is_cpu:
-            return f"a CPU of {cpu_cores()} cores"
+            return f"a CPU of {available_cores()} cores"
         return f"{self.count} × {CARDS[self.card].title}"
-
-
-def cpu_cores() -> int:
-    """Return the cores of this machine that a process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 @dataclass(frozen=True)
@@ -122,7 +118,7 @@ def find_layout(shape: GPTShape, gpus: GPUs, samples: int, *, masked: bool) -> L
 def _cpu_layout(shape: GPTShape, gpus: GPUs, samples: int, masked: bool) -> Layout | None:
     """Return one process in fp32 with the largest micro-batch that fits, at the assumed speed."""
     flops = samples * shape.seq_len * train_flops_per_token(shape)
-    seconds = flops / (GFLOPS_A_CORE * GIGA * cpu_cores())
+    seconds = flops / (GFLOPS_A_CORE * GIGA * available_cores())
     for micro in CPU_MICRO:
         if samples % micro:
             continue

@@ -18,7 +18,7 @@ from megaphase.estimate.hardware import EXPECTED
 from megaphase.estimate.memory_table import in_unit, memory_unit
 from megaphase.estimate.suggestions import RESERVE
 from megaphase.init.choices import Choice
-from megaphase.init.layout import GFLOPS_A_CORE, cpu_cores
+from megaphase.init.layout import GFLOPS_A_CORE
 from megaphase.init.recipe import (
     FINAL,
     HELD_OUT_DOCUMENTS,
@@ -29,6 +29,7 @@ from megaphase.init.recipe import (
     Phase,
     rounded,
 )
+from megaphase.utils.cores import available_cores
 
 WIDTH, MINUTE = 100, 60
 # Validations of a run, steps between two of them at most, and seconds between checkpoints at most.
@@ -120,8 +121,8 @@ def assumed_speed() -> str:
     """Return what the hours of a run on a CPU rest on."""
     return (
         f"assumed, not measured: {GFLOPS_A_CORE:g} GFLOP/s of matrix products a core in fp32, of "
-        f"{cpu_cores()} cores, of which a run reaches two thirds; the first progress lines of "
-        "`megaphase train` show the speed"
+        f"{available_cores()} cores, of which a run reaches two thirds; the first progress lines "
+        "of `megaphase train` show the speed"
     )
 
 

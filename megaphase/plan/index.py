@@ -14,7 +14,6 @@ and
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import numpy as np
 from megaphase.plan.built_folder import open_files, read_header, stored_damage
 from megaphase.plan.spec import FORMAT_VERSION, PlanSpec
 from megaphase.plan.verified_file import VerifiedArray
+from megaphase.utils.cores import available_cores
 
 STARTS_FILE = "starts"
 START_ALIGNMENT = 16
@@ -70,7 +70,7 @@ def block_size(tasks: int) -> int:
 def builder_threads() -> int:
     """Return the threads for building and verifying: one per core; over 8 would wait for the
     disk."""
-    return min(len(os.sched_getaffinity(0)), 8)
+    return min(available_cores(), 8)
 
 
 def damage(folder: Path, spec: PlanSpec, *, whole: bool = False) -> str | None:

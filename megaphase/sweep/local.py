@@ -29,6 +29,7 @@ from megaphase.sweep.trial_run import (
     train_arguments,
 )
 from megaphase.sweep.trials import Trial, all_trials
+from megaphase.utils.cores import available_cores
 from megaphase.utils.errors import (
     EXIT_FAILED,
     EndedAtOnce,
@@ -54,7 +55,7 @@ class Machine:
 
     def environment(self, slot: int) -> dict[str, str]:
         """Return the environment of the run in this slot: its GPUs, its CPU cores."""
-        cores = len(os.sched_getaffinity(0)) // (self.jobs * self.processes)
+        cores = available_cores() // (self.jobs * self.processes)
         environment = {"OMP_NUM_THREADS": str(max(1, cores)), **os.environ}
         if self.gpus and self.jobs > 1:
             own = slice(slot * self.processes, (slot + 1) * self.processes)

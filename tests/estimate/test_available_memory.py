@@ -18,6 +18,7 @@ from megaphase.estimate.suggestions import GB
 from megaphase.model.parameters import parameter_count
 from megaphase.model.presets import build_shape
 from megaphase.model.shape import GPTShape
+from megaphase.utils import cgroups
 from megaphase.utils.errors import InputError
 
 SHAPE = GPTShape(vocab=500, seq_len=8, layers=2, hidden=32, heads=4, kv_heads=4, ffn=64)
@@ -93,8 +94,8 @@ def test_a_model_that_a_gpu_does_not_hold(tmp_path, monkeypatch):
 
 def read_below(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(available_memory, "_MEMINFO", folder / "meminfo")
-    monkeypatch.setattr(available_memory, "_OWN_CGROUP", folder / "self")
-    monkeypatch.setattr(available_memory, "_CGROUPS", folder / "cgroup")
+    monkeypatch.setattr(cgroups, "_OWN_CGROUPS", folder / "self")
+    monkeypatch.setattr(cgroups, "_MOUNT", folder / "cgroup")
 
 
 def test_a_limit_of_a_cgroup_counts(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 
 from megaphase.doctor.finding import Finding, Settings, fault, first_line, ok
 from megaphase.launch.slurm.node import gpu_faults
+from megaphase.utils.cores import available_cores
 from megaphase.utils.nvidia_smi import query_gpus
 from megaphase.utils.python_command import python_command
 
@@ -38,7 +39,7 @@ def check_torch(settings: Settings) -> Iterator[Finding]:
     if not bool((ones @ ones == 64).all()):
         yield fault("torch computes wrong products on the CPU", "install torch again")
         return
-    cores = len(os.sched_getaffinity(0))
+    cores = available_cores()
     built = "for the CPU alone"
     if torch.version.cuda or torch.version.hip:
         maker = "CUDA" if torch.version.cuda else "ROCm"
