@@ -4,6 +4,7 @@ rest."""
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
@@ -73,8 +74,18 @@ def local_command(
 def _memory(value: str | None) -> str | None:
     from megaphase.launch.slurm.script import check_memory
 
+    return _checked(value, check_memory)
+
+
+def _gpu_type(value: str | None) -> str | None:
+    from megaphase.launch.slurm.script import check_gpu_type
+
+    return _checked(value, check_gpu_type)
+
+
+def _checked(value: str | None, check: Callable[[object], str]) -> str | None:
     try:
-        return value if value is None else check_memory(value)
+        return value if value is None else check(value)
     except ValueError as error:
         raise typer.BadParameter(f"{error}.") from None
 
@@ -95,6 +106,10 @@ def slurm_command(
         int,
         typer.Option(min=0, max=MOST, help="GPUs, and processes, per node; 0 trains on CPUs."),
     ] = 8,
+    gpu_type: Annotated[
+        str | None,
+        typer.Option(callback=_gpu_type, help="Slurm's name of the GPUs' type, such as a100."),
+    ] = None,
     tasks_per_node: Annotated[
         int | None, typer.Option(min=1, max=MOST, help="Processes per node without GPUs.")
     ] = None,
@@ -165,6 +180,8 @@ def slurm_command(
     if tasks_per_node is not None and gpus_per_node:
         problem = "applies to nodes without GPUs"
         raise InputError("--tasks-per-node", problem, "add --gpus-per-node 0, or leave it out")
+    if gpu_type is not None and not gpus_per_node:
+        raise InputError("--gpu-type", "applies to nodes with GPUs", "leave it out")
     named = {"time": time, "partition": partition, "account": account}
     given = [f"--{key}={value}" for key, value in named.items() if value is not None]
     resources = Resources(
@@ -179,6 +196,7 @@ def slurm_command(
         ],
         exclude_bad_nodes=exclude_bad_nodes,
         restarts=restarts,
+        gpu_type=gpu_type,
     )
     console = new_console(stderr=True, highlight=False)
     config = check(run_file, overrides or [], source, resources, memory, console)
@@ -274,7 +292,7 @@ def check_node_command(
         typer.Option(min=0, callback=finite, help="Largest difference of the clocks in seconds."),
     ] = 300.0,
 ) -> None:
-    """Check whether this node can take part in a run; prints its name if so.
+    """Check whether this node can take part in a run; prints its name if so, and more otherwise.
 
     Batch scripts run it on every node before they train, with the arguments of the training;
     --from and --profile have no effect here.
@@ -299,6 +317,7 @@ def check_node_command(
         clock_seconds=clock_seconds,
     )
     if found := list(faults(demands)):
+        print(f"{node} did not pass", flush=True)
         raise RunError(f"node {node}: {'; '.join(found)}")
     print(node)
 
@@ -321,8 +340,6 @@ def next_command(
 
     They pass the arguments of the training, as they do to `check-node`.
     """
-    import os
-
     from megaphase.config.load import load_run_file
     from megaphase.launch.slurm.requeue import (
         decide,
@@ -333,10 +350,11 @@ def next_command(
         write_restart_history,
     )
     from megaphase.launch.slurm.status import ended_diverged, has_ended_after
+    from megaphase.utils.slurm import own_job
 
     config = load_run_file(run_file, tuple(overrides or ()))
     output, end = config.output, config.checkpoint.end_after
-    job = os.environ.get("SLURM_JOB_ID", "")
+    job = own_job() or ""
     newest = newest_step(output)
     history = read_restart_history(output, job, newest).after_start(newest)
     write_restart_history(output, history)

@@ -25,6 +25,7 @@ from megaphase.launch.slurm.script import (
     REQUEUED,
     Resources,
     batch_script,
+    check_gpu_type,
     check_memory,
     command_script,
     ending_seconds,
@@ -50,10 +51,14 @@ _TRAINING_KEYS = _KEYS | {
     "gpus-per-node": "use the key gpus_per_node",
     "ntasks-per-node": "use the key gpus_per_node, or tasks_per_node",
     **dict.fromkeys(
-        ("gpus", "gpus-per-task", "gres", "ntasks"), "use the keys nodes and gpus_per_node"
+        ("gpus", "gpus-per-task", "gres", "ntasks"),
+        "use the keys nodes, gpus_per_node and gpu_type",
     ),
 }
-_OF_TRAINING = ("nodes", "gpus_per_node", "tasks_per_node", "restarts", "exclude_bad_nodes")
+_OF_TRAINING = (
+    *("nodes", "gpus_per_node", "gpu_type", "tasks_per_node"),
+    *("restarts", "exclude_bad_nodes"),
+)
 
 
 def _as_list(value: object) -> object:
@@ -76,6 +81,7 @@ def _without(options: str, refused: Mapping[str, str]) -> list[str]:
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_list), Field(strict=False)]
 NodeMemory = Annotated[str, BeforeValidator(check_memory)]
+GpuType = Annotated[str, BeforeValidator(check_gpu_type)]
 Options = Annotated[tuple[str, ...], BeforeValidator(_options), Field(strict=False)]
 
 
@@ -92,7 +98,7 @@ class Step(Section):
     mem: main memory of each node, such as 480G; 0: all of it.
     exclusive: whether the job shares its nodes with no other job.
     sbatch: options for this job; they override the pipeline's.
-    nodes, gpus_per_node, tasks_per_node, restarts, exclude_bad_nodes: for a training; see
+    nodes, gpus_per_node, gpu_type, tasks_per_node, restarts, exclude_bad_nodes: for a training; see
         `megaphase launch slurm`.
     """
 
@@ -108,6 +114,7 @@ class Step(Section):
     sbatch: Options = ()
     nodes: Few = 1
     gpus_per_node: FewOrZero = 8
+    gpu_type: GpuType | None = None
     tasks_per_node: Few | None = None
     restarts: FewOrZero = 3
     exclude_bad_nodes: bool = False
@@ -125,6 +132,8 @@ class Step(Section):
             raise ValueError("at_a_time applies to an array only; add array: N")
         if self.tasks_per_node is not None and self.gpus_per_node:
             raise ValueError("tasks_per_node applies to nodes without GPUs; add gpus_per_node: 0")
+        if self.gpu_type is not None and not self.gpus_per_node:
+            raise ValueError("gpu_type applies to nodes with GPUs; leave it out")
         if self.train is not None:
             _without(shlex.join(self.sbatch), _TRAINING_KEYS)
         return self
@@ -368,6 +377,7 @@ def _resources(pipeline: Pipeline, name: str, step: Step) -> Resources:
         options=list(_own_options(pipeline, name, step)),
         exclude_bad_nodes=step.exclude_bad_nodes,
         restarts=step.restarts,
+        gpu_type=step.gpu_type,
     )
 
 

@@ -31,7 +31,9 @@ DETERMINED = {
     "gpus-per-node": "use --gpus-per-node",
     "ntasks-per-node": "use --gpus-per-node, or --tasks-per-node",
     "cpus-per-task": "use --cores",
-    **dict.fromkeys(("gpus", "gpus-per-task", "gres"), "use --nodes and --gpus-per-node"),
+    **dict.fromkeys(
+        ("gpus", "gpus-per-task", "gres"), "use --nodes, --gpus-per-node and --gpu-type"
+    ),
     **dict.fromkeys(("ntasks", "array"), "one task runs on each GPU"),
     **LOGGED,
     **REQUEUED,
@@ -46,6 +48,7 @@ class Resources:
     Attributes:
         tasks_per_node: processes per node, one per GPU.
         gpus: whether to use GPUs; otherwise the run is on CPUs.
+        gpu_type: Slurm's name of their type; None: any.
         cores: CPU cores per task; None: the script's own number.
         options: options of sbatch, such as --partition=gpu; they override the header's.
         exclude_bad_nodes: whether a node that fails its check is excluded from the next start.
@@ -59,6 +62,7 @@ class Resources:
     options: Sequence[str]
     exclude_bad_nodes: bool = False
     restarts: int = 3
+    gpu_type: str | None = None
 
     @property
     def processes(self) -> int:
@@ -66,6 +70,7 @@ class Resources:
 
 
 _MEMORY = re.compile(r"[0-9]+[KMGT]?")
+_GPU_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<numbers>\d+(?::\d+){0,2})")
 
 
@@ -78,6 +83,22 @@ def check_memory(value: object) -> str:
     if not _MEMORY.fullmatch(str(value)) or isinstance(value, bool):
         raise ValueError(f"{value} is no memory; write 480G, or 0 for all that a node has")
     return str(value)
+
+
+def check_gpu_type(value: object) -> str:
+    """Return the name of a type of GPU.
+
+    Raises:
+        ValueError: it is none that Slurm could have.
+    """
+    if not isinstance(value, str) or not _GPU_TYPE.fullmatch(value):
+        raise ValueError(f"{value} is no type of GPU; write a name that `sinfo -o %G` shows")
+    return value
+
+
+def gpus_option(count: int, gpu_type: str | None) -> str:
+    """Return the value of --gpus-per-node."""
+    return str(count) if gpu_type is None else f"{gpu_type}:{count}"
 
 
 def node_options(memory: str | None, *, exclusive: bool) -> list[str]:
@@ -138,7 +159,9 @@ def batch_script(
     header = {
         "job-name": name,
         "nodes": str(resources.nodes),
-        "gpus-per-node": str(resources.tasks_per_node) if resources.gpus else None,
+        "gpus-per-node": (
+            gpus_option(resources.tasks_per_node, resources.gpu_type) if resources.gpus else None
+        ),
         "ntasks-per-node": str(resources.tasks_per_node),
         "output": str(logs / f"{prefix}%j.log"),
     }

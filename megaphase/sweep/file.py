@@ -22,7 +22,7 @@ from megaphase.config.fields import (
     Steps,
     Temperature,
 )
-from megaphase.launch.slurm.pipeline import NodeMemory, Step
+from megaphase.launch.slurm.pipeline import GpuType, NodeMemory, Step
 from megaphase.sweep.arms.config import Arm, LearningRateGrid, each_once
 from megaphase.sweep.planning.config import Halving, Pruning
 from megaphase.utils.validation_errors import as_input_error
@@ -99,6 +99,7 @@ class ClusterJobs(Section):
 
     nodes: Few = 1
     gpus_per_node: FewOrZero = 8
+    gpu_type: GpuType | None = None
     tasks_per_node: Few | None = None
     cores: Few | None = None
     mem: NodeMemory | None = None

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from megaphase.launch.slurm.pipeline import Pipeline, load_pipeline
+from megaphase.launch.slurm.script import gpus_option
 from megaphase.sweep.directory import SweepDirectory
 from megaphase.sweep.file import ClusterJobs
 from megaphase.sweep.measurements import Measurement, measurements
@@ -131,6 +132,6 @@ def steps_of(
 
 def _of_one_process(jobs: ClusterJobs) -> dict[str, Any]:
     """Return the resources of a measurement: those of one process of the run."""
-    gpu = ["--gpus-per-node=1"] if jobs.gpus_per_node else []
+    gpu = [f"--gpus-per-node={gpus_option(1, jobs.gpu_type)}"] if jobs.gpus_per_node else []
     cores = {} if jobs.cores is None else {"cores": jobs.cores}
     return {"sbatch": [*jobs.options, *gpu], **cores}

@@ -27,6 +27,11 @@ _NO_ANSWER = re.compile(
 )
 _ARRAY_LIMIT = re.compile(r"\b(?:MaxArraySize *=|max_array_tasks=) *(\d+)")
 _OPTION = re.compile(r"--([a-z-]+)(?:=.*)?", re.DOTALL)
+_DIRECTIVE = re.compile(r"^#SBATCH (.*)$", re.MULTILINE)
+_JOB_ID = re.compile(r"^(\d+)(?:;\S+)?$", re.MULTILINE)  # behind the semicolon is a cluster
+# Variables that apply to sbatch even if this process is a job itself.
+_FOR_ALL_COMMANDS = ("SLURM_CONF", "SLURM_CLUSTERS")
+_CLUSTERS = "set SLURM_CLUSTERS, which all of Slurm's commands follow"
 
 
 def require_sbatch(where: str, remedy: str) -> None:
@@ -57,8 +62,8 @@ def sbatch_options(text: str, refused: Mapping[str, str]) -> list[str]:
             raise InputError(
                 "--sbatch", f"{option!r} is not an option", "write --NAME=VALUE, or --NAME"
             )
-        if match[1] in refused:
-            raise InputError("--sbatch", f"--{match[1]} is not allowed there", refused[match[1]])
+        if remedy := {"clusters": _CLUSTERS, **refused}.get(match[1]):
+            raise InputError("--sbatch", f"--{match[1]} is not allowed there", remedy)
     return options
 
 
@@ -90,25 +95,46 @@ def submit(script: str, options: Sequence[str] = ()) -> str:
     """Submit a batch script with sbatch and return the job's id.
 
     Raises:
-        RunError: sbatch refuses it.
+        InputError: another cluster is set for sbatch than for the other commands.
+        RunError: sbatch refuses it, or does not print an id.
     """
-    command = ["sbatch", "--parsable", *options]
+    if "SBATCH_CLUSTERS" in os.environ:
+        raise InputError("SBATCH_CLUSTERS", "only sbatch follows it", f"unset it, and {_CLUSTERS}")
+    # Variables such as SBATCH_ACCOUNT take the place of options in a script, but not of arguments.
+    own = [option for line in _DIRECTIVE.findall(script) for option in shlex.split(line)]
+    command = ["sbatch", "--parsable", *own, *options]
     # A job inherits the environment; if this process is a job itself, its variables do not apply.
     environment = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith("SLURM_") or name == "SLURM_CONF"
+        if not name.startswith("SLURM_") or name in _FOR_ALL_COMMANDS
     }
     # A request that was sent may have been met, and a second one would be a second job.
     result = _run(command, unanswered=_NOT_REACHED, input=script, env=environment)
     if result.returncode:
         raise RunError(f"sbatch refused the job: {' '.join(result.stderr.split())}")
-    return result.stdout.strip().split(";")[0]
+    # A site's wrapper of sbatch may print lines of its own.
+    if not (ids := _JOB_ID.findall(result.stdout)):
+        said = " ".join(f"{result.stdout} {result.stderr}".split())
+        raise RunError(f"sbatch did not print the job's id, but: {said}; see `squeue --me`")
+    return str(ids[-1])
 
 
 def cancel(*jobs: str) -> None:
     """Cancel jobs."""
     subprocess.run(["scancel", *jobs], check=False)
+
+
+def own_job() -> str | None:
+    """Return the id of the job in which this process runs, or None; of an array, the task's.
+
+    Not SLURM_JOB_ID: that of an array's last task is the id of the array, and what is done to it
+    is done to all tasks.
+    """
+    array, task = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
+    if array is not None and task is not None:
+        return f"{array}_{task}"
+    return os.environ.get("SLURM_JOB_ID")
 
 
 @dataclass(frozen=True)

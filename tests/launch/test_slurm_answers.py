@@ -8,7 +8,7 @@ import pytest
 
 from megaphase.launch.slurm.job_file import JOB_FILE, refuse_second_job, remember_job
 from megaphase.utils import slurm
-from megaphase.utils.errors import RunError
+from megaphase.utils.errors import InputError, RunError
 
 TIMED_OUT = "slurm_load_jobs error: Socket timed out on send/recv operation"
 NOT_REACHED = "sbatch: error: Unable to contact slurm controller (connect failure)"
@@ -70,6 +70,74 @@ def test_outside_of_jobs_and_after_some_minutes_the_error_is_told(
     monkeypatch.setattr(slurm, "RETRY_SECONDS", 0.0)
     with pytest.raises(RunError, match="Socket timed out"):
         slurm.queued_jobs({"17"})
+
+
+@pytest.mark.parametrize(
+    ("printed", "job"),
+    [
+        ("48151", "48151"),
+        ("48151;cluster-4", "48151"),
+        ("* 2026: maintenance on Monday *\n12 nodes are down\n48151", "48151"),
+        ("48151\nsbatch: charged to mine", "48151"),
+    ],
+)
+def test_the_id_is_found_among_the_lines_of_a_sites_wrapper(
+    calls: Path, printed: str, job: str
+) -> None:
+    answers(calls, "sbatch", "", until=1, then=printed)
+    assert slurm.submit("#!/bin/bash\n") == job
+
+
+def test_what_is_no_id_is_not_taken_for_one(calls: Path) -> None:
+    answers(calls, "sbatch", "", until=1, then="queued")
+    with pytest.raises(RunError, match="sbatch did not print the job's id, but: queued; see"):
+        slurm.submit("#!/bin/bash\n")
+
+
+def test_options_of_the_script_are_arguments_too(calls: Path) -> None:
+    """Variables such as SBATCH_ACCOUNT take the place of the script's options."""
+    (calls.parent / "sbatch").write_text(
+        f'#!/bin/bash\nprintf "%s\\n" "$@" > {calls}\ncat > {calls}.script\necho 7\n'
+    )
+    (calls.parent / "sbatch").chmod(0o755)
+    script = "#!/bin/bash\n#SBATCH --account=mine\n#SBATCH '--output=a b/%j.log'\necho\n"
+    assert slurm.submit(script, ["--dependency=afterok:6"]) == "7"
+    arguments = ["--parsable", "--account=mine", "--output=a b/%j.log", "--dependency=afterok:6"]
+    assert calls.read_text().splitlines() == arguments
+    assert Path(f"{calls}.script").read_text() == script
+
+
+def test_all_commands_of_slurm_ask_the_same_cluster(
+    calls: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (calls.parent / "sbatch").write_text(f'#!/bin/bash\necho "$SLURM_CLUSTERS" > {calls}\necho 7\n')
+    (calls.parent / "sbatch").chmod(0o755)
+    monkeypatch.setenv("SLURM_CLUSTERS", "large")
+    slurm.submit("#!/bin/bash\n")
+    assert calls.read_text() == "large\n"
+    with pytest.raises(InputError, match="--clusters is not allowed there; set SLURM_CLUSTERS"):
+        slurm.sbatch_options("--clusters=large", {})
+    monkeypatch.setenv("SBATCH_CLUSTERS", "large")
+    with pytest.raises(InputError, match="SBATCH_CLUSTERS: only sbatch follows it; unset it"):
+        slurm.submit("#!/bin/bash\n")
+
+
+@pytest.mark.parametrize(
+    ("variables", "job"),
+    [
+        ({}, None),
+        ({"SLURM_JOB_ID": "7"}, "7"),
+        ({"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}, "7_3"),
+    ],
+)
+def test_the_job_of_this_process(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], job: str | None
+) -> None:
+    for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert slurm.own_job() == job
 
 
 @pytest.mark.parametrize(

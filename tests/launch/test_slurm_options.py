@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from megaphase.launch.slurm.script import (
 from megaphase.launch.slurm.submit import script_for
 from megaphase.sweep.directory import SweepDirectory
 from megaphase.sweep.file import ClusterJobs
-from megaphase.sweep.slurm_round import steps_of
+from megaphase.sweep.slurm_round import _of_one_process, steps_of
 from megaphase.utils.errors import InputError
 from megaphase.utils.slurm import sbatch_options
 
@@ -41,6 +42,20 @@ def test_memory_and_exclusive_nodes_are_in_the_header() -> None:
     assert "#SBATCH --mem=480G" in header
     assert "#SBATCH --exclusive" in header
     assert node_options(None, exclusive=False) == []
+
+
+def test_the_type_of_the_gpus_is_in_the_header_of_jobs_and_measurements() -> None:
+    text = batch_script(replace(resources(), gpu_type="a100"), "job", Path("logs"), ["run.yaml"])
+    assert "#SBATCH --gpus-per-node=a100:8\n" in text
+    jobs = ClusterJobs.model_validate({"gpus_per_node": 4, "gpu_type": "a100-80"})
+    assert (jobs.training["gpu_type"], _of_one_process(jobs)["sbatch"]) == (
+        "a100-80",
+        ["--gpus-per-node=a100-80:1"],
+    )
+    with pytest.raises(ValidationError, match="a:8 is no type of GPU; write a name that `sinfo"):
+        Step(train="run.yaml", gpu_type="a:8")
+    with pytest.raises(ValidationError, match="gpu_type applies to nodes with GPUs; leave it out"):
+        Step(train="run.yaml", gpus_per_node=0, gpu_type="a100")
 
 
 @pytest.mark.parametrize("memory", ["480GB", "-1", "", "all", True])

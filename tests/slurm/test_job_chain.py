@@ -115,12 +115,19 @@ def test_the_newest_checkpoint_is_a_whole_one(tmp_path: Path) -> None:
 class StubJob:
     """The real batch script, with bash instead of the training and the node check."""
 
-    def __init__(self, cluster: Cluster, folder: Path, train: str, **settings: str) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        folder: Path,
+        train: str,
+        check: str = 'echo "$SLURMD_NODENAME"',
+        **settings: str,
+    ) -> None:
         self.cluster = cluster
         run_file = write_run_file(folder, run_settings(folder / "no corpora"))
         stub = folder / "stub"
         stub.write_text(
-            '#!/bin/bash\n[ "$1" = launch ] && exec echo "$SLURMD_NODENAME"\n'
+            f'#!/bin/bash\n[ "$1" = launch ] && {{ {check}; exit; }}\n'
             f"[ $1 = train ] && : ${{SLURM_RESTART_COUNT:=0}}\n{train}\n"
         )
         stub.chmod(0o755)
@@ -166,6 +173,19 @@ def test_a_job_that_does_not_come_further_gives_up(cluster: Cluster, tmp_path: P
     assert sorted(line for line in second.splitlines() if "attempt" in line) == [
         f"n1: attempt 1 of {rank} on n1" for rank in range(2)
     ]
+
+
+def test_a_check_of_which_no_node_says_anything_blames_none(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    check = 'echo "cannot start" >&2; exit 1'
+    stub = StubJob(cluster, tmp_path, "exit 0", check, restarts="0", exclude_bad_nodes="yes")
+    cluster.wait_for(stub.job, "FAILED")
+    assert stub.words() == [
+        "failed with exit code 1; the newest checkpoint is that of step 0, and 1 start in a row "
+        "produced no newer one; not requeued"
+    ]
+    assert cluster.job(stub.job)["ExcNodeList"] == "(null)"
 
 
 def test_wrong_input_ends_a_job_at_once(cluster: Cluster, tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ TRAIN = {"train": "run.yaml", **CPU}
         ),
         (
             {"a": {**TRAIN, "sbatch": "--gpus=8"}},
-            ": steps.a: --gpus is not allowed there; use the keys nodes and gpus_per_node",
+            ": steps.a: --gpus is not allowed there; use the keys nodes, gpus_per_node",
         ),
         (
             {"a": {"command": "data verfy en"}},

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from cluster import Cluster
 from run_support import make_corpora, run_settings, write_run_file
-from train_job_support import TrainJob, rows_of_one_machine, settings
+from train_job_support import LAYOUT, TrainJob, launch_slurm, rows_of_one_machine, settings
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +35,24 @@ def test_a_disturbed_run_ends_as_an_undisturbed_one(
     expected = rows_of_one_machine(tmp_path / "undisturbed", corpora)
     assert job.rows_at_the_end() == expected
     assert cluster.job(job.job)["Restarts"] == "1"
+
+
+def test_variables_of_the_login_node_do_not_change_the_job(
+    cluster: Cluster, corpora: Path, tmp_path: Path
+) -> None:
+    found = run_settings(corpora)
+    found["phases"] = [{**found["phases"][0], "steps": 2}]
+    run_file = write_run_file(tmp_path / "a run", found)
+    variables = {"SBATCH_TIMELIMIT": "1", "SBATCH_JOB_NAME": "mine", "SBATCH_EXPORT": "ALL"}
+    options = ["--nodes", 1, "--time", "10:00", "--sbatch", "--export=NONE"]
+    environment = {**cluster.environment, **variables, "NOT_FOR_THE_JOB": "1"}
+    done = launch_slurm(run_file.parent, environment, run_file, *LAYOUT, *options)
+    assert done.returncode == 0, done.stderr
+    job = TrainJob(cluster, done.stdout.splitlines()[0].split()[-1], run_file.parent / "run")
+    fields = cluster.job(job.job)
+    assert (fields["TimeLimit"], fields["JobName"]) == ("00:10:00", "megaphase-run")
+    # Both processes get what the script sets, such as MASTER_ADDR.
+    assert [row["step"] for row in job.rows_at_the_end() if "loss" in row] == [1, 2]
 
 
 def test_a_job_is_profiled(cluster: Cluster, corpora: Path, tmp_path: Path) -> None:

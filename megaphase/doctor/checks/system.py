@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import shutil
 import subprocess
@@ -10,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megaphase.doctor.finding import Finding, Settings, fault, first_line, ok, warning
+from megaphase.utils.slurm import own_job
 
 SHARED_MEMORY = Path("/dev/shm")
 INFINIBAND = Path("/dev/infiniband")
@@ -102,5 +102,5 @@ def check_slurm(settings: Settings) -> Iterator[Finding]:
         )
         return
     partitions = sorted(set(asked.stdout.split()))
-    job = os.environ.get("SLURM_JOB_ID")
+    job = own_job()
     yield ok(f"SLURM answers, partitions {', '.join(partitions)}{f'; in job {job}' if job else ''}")
