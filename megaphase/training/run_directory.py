@@ -18,7 +18,7 @@ from megaphase.plan.same_run import (
 )
 from megaphase.utils.errors import InputError, RunError, file_fault
 from megaphase.utils.files import atomic_write_json, with_hash
-from megaphase.utils.locks import exclusive_lock
+from megaphase.utils.locks import exclusive_lock, is_locked
 from megaphase.utils.run_files import (
     CHECKPOINTS,
     LOCK_FILE,
@@ -27,6 +27,10 @@ from megaphase.utils.run_files import (
     RUN_FILE,
     TRACKERS,
 )
+from megaphase.utils.set_aside import say_on_standard_error
+from megaphase.utils.slurm import is_restarted
+
+_LOST_NODE_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -86,14 +90,21 @@ class RunDirectory:
             # Not an input error: a job that is started again may meet a process of its last start.
             raise RunError(
                 f"{self.path}: another process is training in this run directory; wait until it "
-                "has ended, or choose another output"
+                f"has ended, or choose another output; if there is none, remove {self.lock}"
             )
 
+        # A network file system may keep the lock of a node that is lost for some minutes.
+        patience = _LOST_NODE_SECONDS if is_restarted() else 0.0
+        if patience and is_locked(self.lock):
+            say_on_standard_error(
+                f"{self.lock}: waiting up to {patience / 60:.0f} minutes for the end of the job's "
+                "last start"
+            )
         is_new = not self.path.exists()
         try:
             with contextlib.ExitStack() as stack:
                 try:
-                    stack.enter_context(exclusive_lock(self.lock, refuse))
+                    stack.enter_context(exclusive_lock(self.lock, refuse, patience))
                 except OSError as error:
                     problem = "cannot be written"
                     raise file_fault(self.path, error, "", problem, where=where) from None

@@ -26,9 +26,11 @@ class _StaleHandleError(RunError):
 
 
 @contextmanager
-def exclusive_lock(path: Path, waiting: Callable[[], object]) -> Iterator[bool]:
+def exclusive_lock(
+    path: Path, waiting: Callable[[], object], patience: float = 0.0
+) -> Iterator[bool]:
     """Hold the lock file while the block runs; `waiting` is called once if another process holds
-    it.
+    it, and for longer than `patience` seconds.
 
     The lock is released when its process ends in any way. On a file system without locks, none is
     taken, and a line on standard error says so: the block gets False, and True otherwise.
@@ -37,7 +39,7 @@ def exclusive_lock(path: Path, waiting: Callable[[], object]) -> Iterator[bool]:
         RunError: the file cannot be locked for another reason.
         OSError: it cannot be created.
     """
-    file, held = _acquire(path, waiting)
+    file, held = _acquire(path, waiting, patience)
     try:
         yield held
     finally:
@@ -64,9 +66,9 @@ def is_locked(path: Path) -> bool | None:
     return False
 
 
-def _acquire(path: Path, waiting: Callable[[], object]) -> tuple[IO[bytes], bool]:
+def _acquire(path: Path, waiting: Callable[[], object], patience: float) -> tuple[IO[bytes], bool]:
     """Return the open lock file, and whether it is locked."""
-    waiting_once = cache(waiting)
+    waiting_once, until = cache(waiting), time.monotonic() + patience
     stale = 0
     while True:
         # A process that failed may have removed the directory that it had created.
@@ -78,7 +80,7 @@ def _acquire(path: Path, waiting: Callable[[], object]) -> tuple[IO[bytes], bool
         with ExitStack() as opened:
             opened.enter_context(file)
             try:
-                held = _lock(file, path, waiting_once)
+                held = _lock(file, path, waiting_once, until)
             except _StaleHandleError:
                 stale += 1
                 if stale > _STALE_TRIES:
@@ -104,8 +106,11 @@ def _open(path: Path) -> IO[bytes]:
     raise FileNotFoundError(path)
 
 
-def _lock(file: IO[bytes], path: Path, waiting: Callable[[], object]) -> bool:
-    """Wait for the lock and take it; returns False, and says so, where there are no locks."""
+def _lock(file: IO[bytes], path: Path, waiting: Callable[[], object], until: float) -> bool:
+    """Wait for the lock and take it; returns False, and says so, where there are no locks.
+
+    until: time before which `waiting` is not called.
+    """
     tries = 0
     while True:
         try:
@@ -120,7 +125,7 @@ def _lock(file: IO[bytes], path: Path, waiting: Callable[[], object]) -> bool:
                 raise kind(f"{path}: cannot be locked ({error.strerror})") from error
         tries += 1
         # The first failure may be another process that only tests the lock.
-        if tries > 1:
+        if tries > 1 and time.monotonic() >= until:
             waiting()
         time.sleep(_POLL_SECONDS)
 

@@ -137,6 +137,11 @@ def own_job() -> str | None:
     return os.environ.get("SLURM_JOB_ID")
 
 
+def is_restarted() -> bool:
+    """Return whether this process belongs to a job that has been requeued."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+
+
 @dataclass(frozen=True)
 class JobRecord:
     """Slurm's information about a job.

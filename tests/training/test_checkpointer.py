@@ -187,5 +187,6 @@ def test_a_run_directory_has_one_run(undisturbed: Path) -> None:
     assert [result.returncode for result in results] == [1, 1]
     (line,) = results[0].stderr.splitlines()
     assert "another process is training in this run directory" in line
+    assert line.endswith(f"; if there is none, remove {undisturbed / 'run' / '.lock'}")
     assert (undisturbed / "run" / "run.json").read_bytes() == record
     assert results[1].stderr == ""

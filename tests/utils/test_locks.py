@@ -6,6 +6,7 @@ import errno
 import fcntl
 import multiprocessing
 import os
+import time
 from collections.abc import Callable
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -28,6 +29,23 @@ def hold(path: Path, held: Event, leave: Event) -> None:
     with exclusive_lock(path, nobody_holds_it):
         held.set()
         leave.wait()
+
+
+def hold_for(path: Path, held: Event, seconds: float) -> None:
+    with exclusive_lock(path, nobody_holds_it):
+        held.set()
+        time.sleep(seconds)
+
+
+@pytest.mark.parametrize(("patience", "is_refused"), [(60.0, False), (0.0, True)])
+def test_who_is_patient_is_not_told_before_that(
+    tmp_path: Path, patience: float, is_refused: bool
+) -> None:
+    path, held, told = tmp_path / "lock", FORK.Event(), []
+    FORK.Process(target=hold_for, args=(path, held, 1.5)).start()
+    held.wait()
+    with exclusive_lock(path, lambda: told.append(True), patience):
+        assert bool(told) == is_refused
 
 
 def flock_that_fails(number: int, times: int) -> Callable[[object, int], None]:
