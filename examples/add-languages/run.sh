@@ -22,6 +22,10 @@ heading() { printf '\n== %s\n' "$*"; }
 # 1. The model's weights, and a copy of its tokenizer without tokens for which the model has no rows.
 heading "1. convert from-hf"
 [ -d base ] || megaphase convert from-hf "$model" --out base
+if [ ! -d base/tokenizer ]; then
+    echo "$PWD/base has no tokenizer: remove it, and see what convert from-hf says of the model's" >&2
+    exit 2
+fi
 
 # 2. A tokenizer with tokens of the new languages, all ids of the model's own tokenizer as they are; the
 # model with rows for these tokens, and its loss on the old languages before and after.

@@ -37,6 +37,7 @@ from megaphase.utils.files import hash_json
 
 # Pre-tokenizers that drop white space, so that texts would not come back.
 _LOSSY = frozenset(("BertPreTokenizer", "Whitespace", "WhitespaceSplit", "CharDelimiterSplit"))
+_EVERY_KIND_OF_CHARACTER = "".join(map(chr, (*range(1, 0x3400), *range(0x1F300, 0x1F700))))
 # Bytes that UTF-8 never has.
 _NEVER_IN_UTF8 = frozenset((0xC0, 0xC1, *range(0xF5, 0x100)))
 
@@ -169,7 +170,7 @@ class _TokenizerJson:
                 problem = f"its {key} {self.model[key]!r} hides where texts have spaces"
                 raise InputError(self.path, problem, _REMEDY)
         for step in steps_of(self.whole.get("pre_tokenizer")):
-            if step["type"] in _LOSSY or step.get("behavior") == "Removed":
+            if step["type"] in _LOSSY or _removes_text(step):
                 problem = f"its pre-tokenizer {step['type']} drops white space"
                 raise InputError(self.path, problem, _REMEDY)
 
@@ -323,6 +324,24 @@ def _json_text(value: Any) -> str:
     import json
 
     return json.dumps(value, ensure_ascii=False)
+
+
+def _removes_text(step: dict[str, Any]) -> bool:
+    """Return whether a pre-tokenizer's step drops characters.
+
+    One with `invert` removes what its expression does not match, which is nothing where it matches
+    everything, as in OLMo's tokenizers.
+    """
+    if step.get("behavior") != "Removed":
+        return False
+    parts = {"model": {"type": "BPE", "vocab": {}, "merges": []}, "pre_tokenizer": step}
+    try:
+        encoder = tokenizers.Tokenizer.from_str(_json_text(parts))
+    except Exception:
+        return False  # what is wrong with it is said when all of it is read
+    assert encoder.pre_tokenizer is not None
+    found = encoder.pre_tokenizer.pre_tokenize_str(_EVERY_KIND_OF_CHARACTER)
+    return sum(end - start for _, (start, end) in found) < len(_EVERY_KIND_OF_CHARACTER)
 
 
 def _normalization(part: Any) -> list[str]:

@@ -46,15 +46,24 @@ def ordinary(*texts: str) -> list[AddedToken]:
 
 
 def byte_level_bpe(
-    split: str | None, *, ignore_merges: bool = False, first: Sequence[str] = (), size: int = 500
+    split: str | None,
+    *,
+    ignore_merges: bool = False,
+    first: Sequence[str] = (),
+    size: int = 500,
+    removes_others: bool = False,
 ) -> Tokenizer:
-    """Train a byte-level BPE with a regular expression, or GPT-2's."""
+    """Train a byte-level BPE with a regular expression, or GPT-2's.
+
+    removes_others: whether the step says what is kept, not where texts are divided.
+    """
     tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
     by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)
     if split is None:
         tokenizer.pre_tokenizer = by_bytes
     else:
-        by_regex = pre_tokenizers.Split(Regex(split), "isolated")
+        how = "removed" if removes_others else "isolated"
+        by_regex = pre_tokenizers.Split(Regex(split), how, invert=removes_others)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([by_regex, by_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
@@ -120,7 +129,7 @@ def gpt_neox(folder: Path) -> Path:
 
 
 def olmo2(folder: Path) -> Path:
-    tokenizer = byte_level_bpe(QWEN.replace(r"\p{N}|", r"\p{N}{1,3}|"))
+    tokenizer = byte_level_bpe(LLAMA_3, removes_others=True)
     tokenizer.add_special_tokens(special("<|endoftext|>", "<|fim_prefix|>", "<|pad|>"))
     tokenizer.add_tokens(ordinary("|||IP_ADDRESS|||"))
     end = "<|endoftext|>"

@@ -305,6 +305,12 @@ def test_ranks_for_tiktoken_without_a_tokenizer_json_are_refused(tmp_path: Path,
             Tokenizer.load(path)
 
 
+def keeping(expression: str) -> dict[str, Any]:
+    """A pre-tokenizer that removes what the expression does not match."""
+    pattern = {"Regex": expression}
+    return {"type": "Split", "pattern": pattern, "behavior": "Removed", "invert": True}
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -313,6 +319,9 @@ def test_ranks_for_tiktoken_without_a_tokenizer_json_are_refused(tmp_path: Path,
         (lambda it: it["model"].update(end_of_word_suffix="</w>"), "its end_of_word_suffix '</w>'"),
         (lambda it: it.update(pre_tokenizer={"type": "WhitespaceSplit"}),
          "its pre-tokenizer WhitespaceSplit drops white space"),
+        (lambda it: it.update(pre_tokenizer=keeping(r"\p{L}+")),
+         "its pre-tokenizer Split drops white space"),
+        (lambda it: it.update(pre_tokenizer=keeping("(")), "the tokenizers library cannot read it"),
         (lambda it: it["model"]["vocab"].pop("Ċ"), "has no token for the byte 0x0A, so"),
         (lambda it: it["model"]["merges"].append(["xyz", "zyx"]), "the tokenizers library cannot"),
         (lambda it: it.update(added_tokens=[{"id": 7}]), "its tokens are not in the format"),
