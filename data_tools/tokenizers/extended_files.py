@@ -10,6 +10,7 @@ from typing import Any
 
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
+from megaphase.chats.template_files import copy_more_templates
 from megaphase.tokenizer import SPACE_SYMBOL, TOKENIZER_JSON_NAME, Tokenizer
 from megaphase.tokenizer.hugging_face_files import HuggingFaceFiles
 from megaphase.utils.files import atomic_write_json, atomic_write_text
@@ -89,6 +90,7 @@ def write_json_tokenizer(directory: Path, whole: Json, base: Tokenizer) -> None:
     for name in COPIED_NAMES:
         if (base.path / name).is_file():
             shutil.copyfile(base.path / name, directory / name)
+    copy_more_templates(base.path, directory)
     files = HuggingFaceFiles(directory)
     if "eos" not in files.roles():
         # The model's configuration names it, which is not copied.

@@ -16,7 +16,7 @@ import sentencepiece
 from rich.console import Console
 
 from megaphase.chats.default_template import CHAT_TAGS, CHAT_TEMPLATE
-from megaphase.chats.template_files import TEMPLATE_NAME
+from megaphase.chats.template_files import MORE_TEMPLATES, TEMPLATE_NAME
 from megaphase.data_tools.ordered_pool import ordered_map
 from megaphase.data_tools.text import (
     STDIN,
@@ -254,7 +254,9 @@ def check_out(out: Path, overwrite: bool) -> None:
     names = {path.name for path in out.iterdir()}
     known = {MODEL_NAME, RECORD_NAME, TOKENIZER_JSON_NAME, CONFIG_NAME, TEMPLATE_NAME}
     if RECORD_NAME in names:
-        known.update(COPIED_NAMES)  # it extends a tokenizer of a Hugging Face directory
+        known.update(
+            (*COPIED_NAMES, MORE_TEMPLATES)
+        )  # it extends a tokenizer of a Hugging Face directory
     if names - known:
         other = min(names - known)
         raise InputError(out, f"contains other files, such as {other}", "choose another --out")

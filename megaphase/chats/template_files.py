@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from megaphase.utils.errors import InputError, file_fault
 
 TEMPLATE_NAME, CONFIG_NAME = "chat_template.jinja", "tokenizer_config.json"
-_MORE_TEMPLATES = "additional_chat_templates"
+MORE_TEMPLATES = "additional_chat_templates"
 _SPECIAL_TOKENS_NAME = "special_tokens_map.json"
 # Objects with tokens of a model's own, by the names under which templates find them.
 _NAMED_TOKENS = ("extra_special_tokens", "model_specific_special_tokens")
@@ -21,7 +22,7 @@ def read_template(folder: Path) -> tuple[Path, str]:
 
     Raises InputError if there is none, or a file is damaged.
     """
-    files = {path.stem: path for path in sorted((folder / _MORE_TEMPLATES).glob("*.jinja"))}
+    files = {path.stem: path for path in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))}
     if (folder / TEMPLATE_NAME).is_file():
         files.setdefault("default", folder / TEMPLATE_NAME)
     if "default" in files:
@@ -46,9 +47,15 @@ def read_template(folder: Path) -> tuple[Path, str]:
 
 def has_template(folder: Path) -> bool:
     """Return whether there is a chat template, however it is."""
-    files = [folder / TEMPLATE_NAME, *(folder / _MORE_TEMPLATES).glob("*.jinja")]
+    files = [folder / TEMPLATE_NAME, *(folder / MORE_TEMPLATES).glob("*.jinja")]
     config = _object(folder / CONFIG_NAME)
     return any(path.is_file() for path in files) or config.get("chat_template") is not None
+
+
+def copy_more_templates(source: Path, folder: Path) -> None:
+    """Copy the folder with the templates that are in files of their own, if there is one."""
+    if (source / MORE_TEMPLATES).is_dir():
+        shutil.copytree(source / MORE_TEMPLATES, folder / MORE_TEMPLATES)
 
 
 def read_special_tokens(folder: Path) -> dict[str, str]:

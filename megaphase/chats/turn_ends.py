@@ -5,17 +5,24 @@ from __future__ import annotations
 from megaphase.chats.encoder import ChatEncoder
 from megaphase.tokenizer import Tokenizer
 from megaphase.tokenizer.hugging_face_files import HuggingFaceFiles, tag_name
+from megaphase.utils.errors import InputError
+from megaphase.utils.set_aside import say_on_standard_error
 
 
 def turn_ends(tokenizer: Tokenizer) -> frozenset[int]:
     """Return the token with which the tokenizer's chat template ends the assistant's turns, and the
     `eos_token` of its files; without EOD, so that most tokenizers have none.
 
-    Raises InputError if the chat template cannot be parsed.
+    A chat template that cannot be used is left out, and a line on standard error says so: a model
+    of texts does without.
     """
     if not tokenizer.path.is_dir():
         return frozenset()
-    chats = ChatEncoder.find(tokenizer)
+    try:
+        chats = ChatEncoder.find(tokenizer)
+    except InputError as error:
+        say_on_standard_error(f"Warning: {error}; conversations cannot be rendered until then")
+        chats = None
     files = HuggingFaceFiles(tokenizer.path)
     named, text = None, files.special_token("eos_token")
     if text is not None:  # without a tokenizer.json, it is a tag

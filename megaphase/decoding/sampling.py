@@ -90,10 +90,18 @@ def _drawn(logits: Tensor, how: Decoding, draws: Tensor) -> Tensor:
     if how.top_k:
         probabilities[:, how.top_k :] = 0.0
         probabilities /= probabilities.sum(-1, keepdim=True)
-    before = probabilities.cumsum(-1) - probabilities
+    before = _running_sums(probabilities) - probabilities
     probabilities[:, 1:][before[:, 1:] >= how.top_p] = 0.0
-    reached = probabilities.cumsum(-1)
+    reached = _running_sums(probabilities)
     wanted = draws * reached[:, -1]
     places = torch.searchsorted(reached, wanted.unsqueeze(1), right=True)
     last = (probabilities > 0).sum(-1, keepdim=True) - 1
     return tokens.gather(1, places.minimum(last)).squeeze(1)
+
+
+def _running_sums(probabilities: Tensor) -> Tensor:
+    """The cumulative sums of each row; of the CPU, where `deterministic: true` asks for an
+    operation that torch does not have on a GPU."""
+    if torch.are_deterministic_algorithms_enabled():
+        return probabilities.cpu().cumsum(-1).to(probabilities.device)
+    return probabilities.cumsum(-1)

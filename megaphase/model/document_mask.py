@@ -11,6 +11,7 @@ from functools import partial
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
@@ -22,6 +23,9 @@ from megaphase.ops.capped_attention import (
     causal_block_mask,
     flex_capped_attention,
 )
+
+# Of the heads' size, in flash attention.
+_HEAD_MULTIPLE = 8
 
 
 class AttentionFn(Protocol):
@@ -176,8 +180,10 @@ class _VariableLength:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
-        rows, heads, seq, _ = q.shape
+        rows, heads, seq, size = q.shape
         q, k, v = (each_head(x, heads).transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+        if missing := -size % _HEAD_MULTIPLE:  # zeros change neither scores nor sums
+            q, k, v = (F.pad(x, (0, missing)) for x in (q, k, v))
         y = varlen_attn(
             q,
             k,
@@ -186,11 +192,11 @@ class _VariableLength:
             self.bounds,
             self.longest,
             self.longest,
-            scale=self.rule.scale,
+            scale=size**-0.5 if self.rule.scale is None else self.rule.scale,
             window_size=(-1 if self.rule.window is None else self.rule.window - 1, 0),
         )
         assert isinstance(y, Tensor)  # nothing beside it was asked for
-        return y.unflatten(0, (rows, seq)).transpose(1, 2)
+        return y[..., :size].unflatten(0, (rows, seq)).transpose(1, 2)
 
 
 def own_document_mask(documents: Tensor, window: int | None = None) -> Tensor:

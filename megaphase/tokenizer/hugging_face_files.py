@@ -23,6 +23,7 @@ _TURN_ENDS = frozenset(
     (
         *("<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|eom|>", "<|im_end|>", "<end_of_turn>"),
         *("<|assistant_end|>", "<|end|>", "<|return|>", "<|END_OF_TURN_TOKEN|>"),
+        "<|end_of_turn|>",
     )
 )
 _DOCUMENT_ENDS = ("<|end_of_text|>", "<|endoftext|>", "<eos>", "</s>", "<EOS_TOKEN>")

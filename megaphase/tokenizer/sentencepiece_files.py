@@ -15,6 +15,7 @@ marks as special, that have a role in it, or that are reserved, become control s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from megaphase.tokenizer.record import (
     RECORD_NAME,
     REMEDY,
     SPACE_SYMBOL,
+    TOKENIZER_JSON_NAME,
     TokenizerRecord,
 )
 from megaphase.utils.errors import InputError
@@ -50,6 +52,7 @@ _OWN_NUMBERS = frozenset(
         *("xglm", "xlmprophetnet", "xlmroberta", "xlmrobertaxl", "xmod"),
     )
 )
+_CONTROL = re.compile(r"<.*>|\[.*\]", re.DOTALL)  # what added tokens look like that no text has
 # Classes that change the text (case, quotes, spaces, accents) before the model encodes it.
 _OWN_TEXT = frozenset(("albert", "cpm", "gptsw3", "siglip", "xlnet"))
 
@@ -111,6 +114,7 @@ def read_hugging_face(
     if difference := _difference(files, processor):
         remedy = f"give {model} to use the model without its class"
         raise InputError(directory, difference, remedy)
+    _refuse_other_pieces(directory, model, files, processor)
     processor, made_control = _with_control_symbols(processor, files)
     control = _control_symbols(processor)
     end = files.document_end(control.keys() | files.special)
@@ -191,6 +195,30 @@ def _difference(files: HuggingFaceFiles, processor: SentencePieceProcessor) -> s
     if short in _OWN_NUMBERS or any(moved):
         return f"{name or 'its class'} numbers the tokens differently from its sentencepiece model"
     return None
+
+
+def _refuse_other_pieces(
+    directory: Path, model: Path, files: HuggingFaceFiles, processor: SentencePieceProcessor
+) -> None:
+    """Raise InputError if transformers encodes texts to tokens that only the other files have, as
+    where somebody has added words to the tokenizer."""
+    count, added = processor.get_piece_size(), files.added_tokens
+    found = [text for text, i in files.pieces.items() if i >= count and text not in added]
+    found += [
+        text
+        for text, i in added.items()
+        if i >= count and text not in files.special and not _CONTROL.fullmatch(text)
+    ]
+    if found:
+        others = f" and {len(found) - 1:,} more tokens" if found[1:] else ""
+        problem = f"has {found[0]!r}{others}, to which its model {model.name} encodes no text"
+        remedy = f"remove {model.name}, so that {TOKENIZER_JSON_NAME} is read"
+        if not files.whole:
+            remedy = (
+                f"save it once more with transformers, which writes {TOKENIZER_JSON_NAME}, and "
+            )
+            remedy += f"remove {model.name}"
+        raise InputError(directory, problem, remedy)
 
 
 def adds_prefix_space(processor: SentencePieceProcessor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
 import shutil
 from dataclasses import dataclass
 from typing import Literal
@@ -101,7 +102,8 @@ def _missing_to_compile() -> str | None:
     if device().type == "cuda" and importlib.util.find_spec("triton") is None:
         return "Triton"
     variable, usual = ("CC", ["gcc", "clang"]) if device().type == "cuda" else ("CXX", ["g++"])
-    compilers = [os.environ[variable]] if variable in os.environ else usual
+    given = shlex.split(os.environ.get(variable, ""))  # such as "ccache gcc"
+    compilers = given[:1] or usual
     if any(shutil.which(name) for name in compilers):
         return None
     return f"a compiler ({', '.join(compilers)}; the variable {variable} can name another)"

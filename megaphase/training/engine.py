@@ -43,7 +43,7 @@ from megaphase.training.deepspeed_config import (
 from megaphase.training.deepspeed_import import import_deepspeed, without_compiler
 from megaphase.training.determinism import choose_algorithms
 from megaphase.training.gather_order import order_of_training_kept
-from megaphase.training.gradient_sums import reduce_nothing, sum_without_copies
+from megaphase.training.gradient_sums import keep_until_reduced, reduce_nothing, sum_without_copies
 from megaphase.training.gradients import clip_gradients
 from megaphase.training.loss_spike_filter import LossSpikeFilter
 from megaphase.training.parameter_persistence import keep_gathered
@@ -122,6 +122,7 @@ class Engine:
         if config.parallel.zero == 3:
             keep_gathered(self._engine.optimizer, model, config.parallel.keep_gathered)
         sum_without_copies(self._engine.optimizer)
+        keep_until_reduced(self._engine.optimizer)
         if config.parallel.zero == 0 and grid.data_size == 1:
             reduce_nothing(self._engine)
         self._optimizer = optimizer

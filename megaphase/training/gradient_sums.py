@@ -1,4 +1,4 @@
-"""Spares copies of gradients that DeepSpeed makes without need."""
+"""Corrects how DeepSpeed 0.19 sums gradients: it copies without need, and frees too soon."""
 
 from __future__ import annotations
 
@@ -31,6 +31,30 @@ def sum_without_copies(zero: Any) -> None:
             parameter.grad.zero_()
 
     zero._update_hp_grad = add
+
+
+def keep_until_reduced(zero: Any) -> None:
+    """Let ZeRO 3 keep the memory of a gradient until the stream that reduces it has read it.
+
+    DeepSpeed's optimizer says to the allocator that this stream uses a gradient only on ranks that
+    hold a part of the parameter. On the others, which are many where parameters are small, the
+    memory would be free while the reduction has yet to read it, and the backward pass would write
+    the next gradients there.
+
+    zero: DeepSpeed's optimizer; those of other kinds are left as they are.
+    """
+    if type(zero).__name__ != "DeepSpeedZeroOptimizer_Stage3":
+        return
+    partition = zero.partition_grads
+
+    def partition_kept(parameters: list[Tensor], parts: list[Tensor]) -> Any:
+        # It is called within the stream that reduces.
+        for parameter in parameters:
+            if parameter.grad is not None and parameter.grad.is_cuda:
+                parameter.grad.record_stream(torch.cuda.current_stream())
+        return partition(parameters, parts)
+
+    zero.partition_grads = partition_kept
 
 
 def reduce_nothing(engine: Any) -> None:

@@ -220,6 +220,7 @@ def attend_by_loops(
 ) -> Tensor:  # fmt: skip
     """Compute what torch's varlen_attn, which needs a GPU, is documented to compute."""
     assert window_size[1] == 0  # none after
+    assert q.shape[-1] % 8 == 0
     assert bounds.dtype == torch.int32
     out = torch.empty_like(q)
     for first, end in zip(bounds.tolist(), bounds.tolist()[1:], strict=False):
@@ -233,17 +234,17 @@ def attend_by_loops(
     return out
 
 
-@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize(("kv_heads", "size"), [(1, 8), (4, 8), (2, 12)])
 @pytest.mark.parametrize(("window", "scale"), [(None, None), (1, None), (3, None), (3, 0.7)])
 def test_documents_one_by_one_attend_as_masked_ones(
-    monkeypatch: Any, kv_heads: int, window: int | None, scale: float | None
+    monkeypatch: Any, kv_heads: int, size: int, window: int | None, scale: float | None
 ) -> None:
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", attend_by_loops)
     monkeypatch.setattr("megaphase.model.document_mask.takes_bounds", lambda *_: True)
     documents = torch.tensor([[0, 0, 0, 1, 1, 2], [0, 1, 2, 2, 2, 2], [0, 0, 0, 0, 0, 0]])
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
-        torch.randn((3, 6, heads, 8), generator=generator).transpose(1, 2)
+        torch.randn((3, 6, heads, size), generator=generator).transpose(1, 2)
         for heads in (4, kv_heads, kv_heads)
     )
     rule = AttentionRule(window, scale)

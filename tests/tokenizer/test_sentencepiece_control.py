@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from megaphase.chats.turn_ends import turn_ends
 from megaphase.convert.hugging_face.tokenizer import write_hf_tokenizer
 from megaphase.data_tools.tokenizers.extend import extend_tokenizer
 from megaphase.tokenizer import Tokenizer
+from megaphase.utils.errors import InputError
 
 TURNS, UNUSED, ORDINARY = ("<start_of_turn>", "<end_of_turn>"), ("<unused0>", "<unused1>"), "<b>"
 SPELLED = [
@@ -153,3 +155,40 @@ def test_extended_and_exported(algorithm: str, tmp_path: Path) -> None:
     again = Tokenizer.load(tmp_path / "hf")
     for text in (*SPELLED, *TEXTS):
         assert reference(text).input_ids == native.encode(text) == again.encode(text)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "named"),
+    [
+        ("tokenizer.json", {"model": {"type": "BPE", "vocab": {"zakurra": 560}, "merges": []}},
+         "has 'zakurra', to which its model tokenizer.model encodes no text; remove tokenizer.model"
+         ", so that tokenizer.json is read"),
+        ("added_tokens.json", {"zakurra": 560, "katua": 561, "<|im_start|>": 562},
+         "has 'zakurra' and 1 more tokens, to which its model tokenizer.model encodes no text; save"
+         " it once more with transformers, which writes tokenizer.json, and remove"),
+    ],
+)  # fmt: skip
+def test_words_that_the_model_does_not_know_are_not_passed_over(
+    file: str, change: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    folder = directory(tmp_path / "gemma", "bpe")
+    write_json(folder / file, change)
+    with pytest.raises(InputError, match=re.escape(named)):
+        Tokenizer.load(folder)
+
+
+def test_control_tokens_that_were_added_are_tags(tmp_path: Path) -> None:
+    folder = directory(tmp_path / "gemma", "bpe")
+    write_json(folder / "added_tokens.json", {"<|im_start|>": 560, "[PAD]": 561})
+    assert Tokenizer.load(folder).tags["[PAD]"] == 561
+
+
+def test_templates_in_files_of_their_own_come_along(tmp_path: Path) -> None:
+    folder = directory(tmp_path / "gemma", "bpe")
+    templates = folder / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tool_use.jinja").write_text("{{ messages }}")
+    out = tmp_path / "hf"
+    out.mkdir()
+    write_hf_tokenizer(Tokenizer.load(folder), out, max_length=64)
+    assert (out / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ messages }}"

@@ -17,6 +17,8 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor
 
 from megaphase.chats.template import ChatTemplate
+from megaphase.chats.template_files import copy_more_templates
+from megaphase.chats.turn_ends import turn_ends
 from megaphase.convert.hugging_face.smaller_tokenizer import leave_out, tokens_beyond
 from megaphase.convert.hugging_face.tokenizer_json import tokenizer_json
 from megaphase.tokenizer import (
@@ -115,6 +117,7 @@ def take_tokenizer(source: Path, folder: Path, rows: int | None = None) -> list[
         atomic_write_json(folder / "generation_config.json", {"eos_token_id": tokenizer.eod})
     if rows is not None and tokenizer.vocab_size > rows:
         leave_out(beyond, folder, rows)
+    turn_ends(Tokenizer.load(folder))  # says now what would be said after the training
     return beyond
 
 
@@ -123,6 +126,7 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     for name in _FILE_NAMES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+    copy_more_templates(source, folder)
 
 
 def _let_chat_template_name_tokens(folder: Path) -> None:

@@ -29,7 +29,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
+from tokenizer_json_kinds import qwen3
 
+from megaphase.chats.turn_ends import turn_ends
 from megaphase.convert.hugging_face.tokenizer import take_tokenizer, write_hf_tokenizer
 from megaphase.data_tools.tokenizers.train import train_tokenizer
 from megaphase.tokenizer import RECORD_NAME, Tokenizer
@@ -401,3 +403,19 @@ def test_a_tokenizer_that_megaphase_cannot_use_is_not_taken(tmp_path: Path) -> N
     with pytest.raises(InputError, match=re.escape("xlm-roberta numbers the tokens differently")):
         take_tokenizer(source, folder)
     assert not files_of(folder)
+
+
+def test_a_chat_template_that_cannot_be_used_is_said_and_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = qwen3(tmp_path / "qwen")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    write_json(folder / "tokenizer_config.json", config | {"eos_token": "<|im_end|>"})
+    (folder / "chat_template.jinja").write_text("{% for message in messages %}")
+    out = tmp_path / "taken"
+    out.mkdir()
+    assert take_tokenizer(folder, out) == []
+    said = f"Warning: {out}/chat_template.jinja: "
+    assert capsys.readouterr().err.startswith(said)
+    tokenizer = Tokenizer.load(out)
+    assert [tokenizer.piece(each) for each in turn_ends(tokenizer)] == ["<|im_end|>"]
