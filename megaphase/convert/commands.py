@@ -212,11 +212,12 @@ def to_hf_command(
         ends = " and ".join(written.chat_ends)
         print(f"Chat template: generation stops at {ends}. Text that spells a control token")
         print("becomes that token in transformers; megaphase refuses such messages.")
-    if written.tokenizer_class is not None:
+    if written.other_class is not None:
+        taken, right = written.other_class
         line = (
-            "AutoTokenizer of transformers 5 takes Qwen's tokenizer class for every model of type "
-            f"{written.family.model_type} and gives other ids than this tokenizer: load it with "
-            f"transformers.{written.tokenizer_class}.from_pretrained({str(out)!r})."
+            f"AutoTokenizer of transformers 5 makes a {taken} of the vocabulary and merges alone, "
+            "which gives other ids than this tokenizer for some texts: load it with "
+            f"transformers.{right}.from_pretrained({str(out)!r})."
         )
         new_console(stderr=True, highlight=False).print(line, soft_wrap=True, markup=False)
 

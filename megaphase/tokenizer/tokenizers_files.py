@@ -341,7 +341,8 @@ def _removes_text(step: dict[str, Any]) -> bool:
         return False  # what is wrong with it is said when all of it is read
     assert encoder.pre_tokenizer is not None
     found = encoder.pre_tokenizer.pre_tokenize_str(_EVERY_KIND_OF_CHARACTER)
-    return sum(end - start for _, (start, end) in found) < len(_EVERY_KIND_OF_CHARACTER)
+    kept = sum(int(end) - int(start) for _, (start, end) in found)
+    return kept < len(_EVERY_KIND_OF_CHARACTER)
 
 
 def _normalization(part: Any) -> list[str]:

@@ -18,7 +18,7 @@ from megaphase.checkpoint.tensor_file import TensorKind
 from megaphase.convert.hugging_face.config_file import CONFIG_FILE
 from megaphase.convert.hugging_face.families import family_for
 from megaphase.convert.hugging_face.family import Family
-from megaphase.convert.hugging_face.forced_class import class_to_load
+from megaphase.convert.hugging_face.forced_class import OtherClass, class_to_load
 from megaphase.convert.hugging_face.tokenizer import write_hf_tokenizer
 from megaphase.convert.hugging_face.weights import INDEX_SUFFIX, SAFETENSORS_FILE
 from megaphase.convert.output import new_folder
@@ -61,7 +61,7 @@ class Written:
     shape: GPTShape
     chat_ends: list[str] | None = None
     yarn_positions: int | None = None
-    tokenizer_class: str | None = None
+    other_class: OtherClass | None = None
 
 
 def to_hf(
@@ -108,7 +108,7 @@ def to_hf(
     dtype = source.dtype(precision)
     words = None if no_tokenizer else load_tokenizer(source, tokenizer)
     turns: frozenset[int] = frozenset()
-    tokenizer_class: str | None = None
+    other_class: OtherClass | None = None
     weights = WithZeroBiases(source.weights, shape)
     nbytes = dtype.itemsize * parameter_count(shape)
     with new_folder(out, nbytes) as folder:
@@ -130,14 +130,14 @@ def to_hf(
         tokens: dict[str, int | list[int] | None] = {"bos_token_id": None, "eos_token_id": None}
         if words is not None:
             write_hf_tokenizer(words, folder, max_length=described.seq_len)
-            tokenizer_class = class_to_load(folder, family.model_type)
+            other_class = class_to_load(folder, family.model_type)
             turns = turn_ends(words)
             tokens = {"bos_token_id": _bos(folder, words), "eos_token_id": _ends(words, turns)}
         _write_configs(folder, family.config(described), dtype, tokens)
         has_template = words is not None and ChatTemplate.find(folder) is not None
     ends = [words.piece(each) for each in (words.eod, *sorted(turns))] if words else []
     chat_ends = ends if has_template else None
-    return Written(family, described, chat_ends, yarn_positions, tokenizer_class)
+    return Written(family, described, chat_ends, yarn_positions, other_class)
 
 
 def _yarn_positions(shape: GPTShape) -> int | None:

@@ -10,15 +10,20 @@ from convert_support import write_random_checkpoint
 from data_support import make_tokenizer
 from existing_tokenizers import TEXTS
 from hf_support import SHAPES
-from tokenizer_json_kinds import KINDS, byte_level_bpe, saved, special
-from tokenizers import normalizers
+from tokenizer_json_kinds import KINDS, byte_level_bpe, metaspace_bpe, saved, special
+from tokenizers import normalizers, pre_tokenizers
 from warm_commands import run
 
 from megaphase.convert.hugging_face.to_hf import Written, to_hf
 from megaphase.tokenizer import Tokenizer
 
 QWEN2_SHAPE = replace(SHAPES["llama grouped"], qkv_bias=True)
-HARD = [*TEXTS, "It's 12345 o'CLOCK\n\n  don'T  x=1234;;\n cafe\u0301 \u212b 'RE  "]
+HARD = [
+    *TEXTS,
+    " ",
+    "  two spaces before",
+    "It's 12345 o'CLOCK\n\n  don'T  x=1234;;\n cafe\u0301 \u212b 'RE  ",
+]
 
 
 def qwen_by_another_name(folder: Path) -> Path:
@@ -31,10 +36,27 @@ def qwen_by_another_name(folder: Path) -> Path:
     return saved(tokenizer, folder, eos_token="<|endoftext|>")
 
 
+def named_llama(folder: Path, *, legacy: bool) -> Path:
+    """Make a tokenizer.json of a LlamaTokenizer, as releases before 4.45 or since then write it."""
+    tokenizer = metaspace_bpe(["<unk>", "<s>", "</s>"], prepend=True)
+    tokenizer.add_special_tokens(special("<unk>", "<s>", "</s>"))
+    if legacy:
+        spelled = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+        tokenizer.normalizer = normalizers.Sequence(spelled)
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    return saved(
+        tokenizer, folder, tokenizer_class="LlamaTokenizer",
+        bos_token="<s>", eos_token="</s>", unk_token="<unk>", add_bos_token=False,
+    )  # fmt: skip
+
+
 MAKERS = {
     **{name: KINDS[name] for name in ("qwen3", "llama3", "gpt2", "olmo2", "mistral")},
     "digits": qwen_by_another_name,
     "sentencepiece": make_tokenizer,
+    "legacy": lambda folder: named_llama(folder, legacy=True),
+    "metaspace": lambda folder: named_llama(folder, legacy=False),
 }
 
 
@@ -56,8 +78,11 @@ def test_the_named_class_gives_the_ids(kind: str, model: str, tmp_path: Path) ->
     path = MAKERS[kind](folder)
     written = exported(path, tmp_path, model)
     assert written.family.model_type == model
-    assert (written.tokenizer_class is None) == (kind == "qwen3" or model == "llama")
-    loader = getattr(transformers, written.tokenizer_class or "AutoTokenizer")
+    differs = kind != "qwen3" and (model == "qwen2" or kind == "legacy")
+    assert (written.other_class is not None) == differs
+    loader = getattr(
+        transformers, written.other_class.right if written.other_class else "AutoTokenizer"
+    )
     reference, native = loader.from_pretrained(tmp_path / "hf"), Tokenizer.load(path)
     for text in HARD:
         assert reference.encode(text, add_special_tokens=False) == native.encode(text)
