@@ -253,10 +253,8 @@ def check_out(out: Path, overwrite: bool) -> None:
         return
     names = {path.name for path in out.iterdir()}
     known = {MODEL_NAME, RECORD_NAME, TOKENIZER_JSON_NAME, CONFIG_NAME, TEMPLATE_NAME}
-    if RECORD_NAME in names:
-        known.update(
-            (*COPIED_NAMES, MORE_TEMPLATES)
-        )  # it extends a tokenizer of a Hugging Face directory
+    if RECORD_NAME in names:  # it may extend a tokenizer of a Hugging Face directory
+        known.update((*COPIED_NAMES, MORE_TEMPLATES))
     if names - known:
         other = min(names - known)
         raise InputError(out, f"contains other files, such as {other}", "choose another --out")

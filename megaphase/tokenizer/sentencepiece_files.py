@@ -210,14 +210,13 @@ def _refuse_other_pieces(
         if i >= count and text not in files.special and not _CONTROL.fullmatch(text)
     ]
     if found:
-        others = f" and {len(found) - 1:,} more tokens" if found[1:] else ""
+        more = len(found) - 1
+        others = f" and {more:,} more token{'s' * (more > 1)}" if more else ""
         problem = f"has {found[0]!r}{others}, to which its model {model.name} encodes no text"
         remedy = f"remove {model.name}, so that {TOKENIZER_JSON_NAME} is read"
         if not files.whole:
-            remedy = (
-                f"save it once more with transformers, which writes {TOKENIZER_JSON_NAME}, and "
-            )
-            remedy += f"remove {model.name}"
+            made = f"save it once more with transformers, which writes {TOKENIZER_JSON_NAME}"
+            remedy = f"{made}, and {remedy}"
         raise InputError(directory, problem, remedy)
 
 

@@ -164,8 +164,8 @@ def test_extended_and_exported(algorithm: str, tmp_path: Path) -> None:
          "has 'zakurra', to which its model tokenizer.model encodes no text; remove tokenizer.model"
          ", so that tokenizer.json is read"),
         ("added_tokens.json", {"zakurra": 560, "katua": 561, "<|im_start|>": 562},
-         "has 'zakurra' and 1 more tokens, to which its model tokenizer.model encodes no text; save"
-         " it once more with transformers, which writes tokenizer.json, and remove"),
+         "has 'zakurra' and 1 more token, to which its model tokenizer.model encodes no text; save"
+         " it once more with transformers, which writes tokenizer.json, and remove tokenizer"),
     ],
 )  # fmt: skip
 def test_words_that_the_model_does_not_know_are_not_passed_over(
