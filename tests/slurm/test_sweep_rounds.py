@@ -65,7 +65,7 @@ def submit(cluster: Cluster, path: Path, *options: object) -> dict[str, str]:
         ),
         ({"sbatch": "-p cpu"}, ": slurm: sbatch: '-p' is not an option; write --NAME=VALUE"),
         ({"sbatch": 3}, ": slurm: sbatch: must be a list; found 3"),
-        ({"sbatch": "--gpus=8"}, ": slurm: --gpus is not allowed there; use the keys nodes and"),
+        ({"sbatch": "--gpus=8"}, ": slurm: --gpus is not allowed there; use the keys nodes, gpus"),
         ({"next_sbatch": "--array=1"}, ": slurm: next_sbatch: --array is not allowed there"),
     ],
 )
