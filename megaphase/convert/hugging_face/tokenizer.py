@@ -117,7 +117,7 @@ def take_tokenizer(source: Path, folder: Path, rows: int | None = None) -> list[
         atomic_write_json(folder / "generation_config.json", {"eos_token_id": tokenizer.eod})
     if rows is not None and tokenizer.vocab_size > rows:
         leave_out(beyond, folder, rows)
-    turn_ends(Tokenizer.load(folder))  # says now what would be said after the training
+    turn_ends(tokenizer)  # warns now of what would otherwise be found after the training
     return beyond
 
 

@@ -415,7 +415,7 @@ def test_a_chat_template_that_cannot_be_used_is_said_and_left_out(
     out = tmp_path / "taken"
     out.mkdir()
     assert take_tokenizer(folder, out) == []
-    said = f"Warning: {out}/chat_template.jinja: "
+    said = f"Warning: {folder}/chat_template.jinja: "
     assert capsys.readouterr().err.startswith(said)
     tokenizer = Tokenizer.load(out)
     assert [tokenizer.piece(each) for each in turn_ends(tokenizer)] == ["<|im_end|>"]
