@@ -6,7 +6,6 @@ and score translations, and a small job after all of them that starts the next r
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import shutil
@@ -47,7 +46,7 @@ from megaphase.sweep.trial_run import collect_results, has_ended, last_line, out
 from megaphase.sweep.trials import Trial, all_trials, known_trials
 from megaphase.utils.errors import InputError
 from megaphase.utils.files import atomic_write_text, last_lines, remove_directory
-from megaphase.utils.slurm import queued_jobs
+from megaphase.utils.slurm import own_job, queued_jobs
 
 _DRY_RUN = "dry-run"
 _ROUND = re.compile(r"round-(\d+)")
@@ -210,7 +209,7 @@ class SlurmSweep:
         return self.queue & {job.job for trial in trials for job in self._jobs_of(trial.name)}
 
     def _is_the_next_job(self) -> bool:
-        return self.next is not None and self.next.job == os.environ.get("SLURM_JOB_ID")
+        return self.next is not None and self.next.job == own_job()
 
     def _next_is_queued(self) -> bool:
         """Return whether another job than this one starts the next round."""

@@ -241,7 +241,7 @@ def _run(
         unanswered: matches the output of a command that the controller has not answered.
         options: passed on to subprocess.run.
     """
-    until = time.monotonic() + (RETRY_SECONDS if "SLURM_JOB_ID" in os.environ else 0.0)
+    until = time.monotonic() + (0.0 if own_job() is None else RETRY_SECONDS)
     while True:
         done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
         said = done.stderr + done.stdout

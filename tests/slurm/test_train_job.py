@@ -51,7 +51,7 @@ def test_variables_of_the_login_node_do_not_change_the_job(
     job = TrainJob(cluster, done.stdout.splitlines()[0].split()[-1], run_file.parent / "run")
     fields = cluster.job(job.job)
     assert (fields["TimeLimit"], fields["JobName"]) == ("00:10:00", "megaphase-run")
-    # Both processes get what the script sets, such as MASTER_ADDR.
+    # Both processes inherit the variables that the script exports, such as MASTER_ADDR.
     assert [row["step"] for row in job.rows_at_the_end() if "loss" in row] == [1, 2]
 
 
