@@ -18,7 +18,7 @@ from megaphase.distributed.dist_env import (
     local_world_size,
     world_size,
 )
-from megaphase.distributed.kernel_cache import use_local_kernel_cache
+from megaphase.distributed.triton_cache import use_local_triton_cache
 from megaphase.utils.errors import InputError, RunError
 
 # Long enough for rank 0 to build a plan or verify a checkpoint while the others wait.
@@ -101,7 +101,7 @@ def join_processes() -> None:
         backend = "nccl"
         _check_gpus()
         torch.cuda.set_device(device())
-        use_local_kernel_cache()
+        use_local_triton_cache()
     if world_size() == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:

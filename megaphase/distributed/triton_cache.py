@@ -9,7 +9,7 @@ from pathlib import Path
 from megaphase.distributed.dist_env import local_rank
 
 
-def use_local_kernel_cache() -> None:
+def use_local_triton_cache() -> None:
     """Let Triton keep kernels on this machine, those of each local rank in a folder of their own,
     unless TRITON_CACHE_DIR says otherwise.
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from megaphase.distributed.dist_env import local_world_size
-from megaphase.distributed.kernel_cache import use_local_kernel_cache
+from megaphase.distributed.triton_cache import use_local_triton_cache
 
 
 def import_deepspeed() -> Any:  # its classes are not typed
@@ -26,7 +26,7 @@ def import_deepspeed() -> Any:  # its classes are not typed
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # Otherwise it asks `numactl` how many CPUs there are, in every backward pass.
         os.environ.setdefault("LOCAL_SIZE", str(local_world_size()))
-    use_local_kernel_cache()
+    use_local_triton_cache()
     os.environ.setdefault("LOCAL_RANK", "0")  # it asks for it even in a single process
     # DeepSpeed calls collectives by deprecated names, of which torch warns at each step.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megaphase.distributed.kernel_cache import use_local_kernel_cache
+from megaphase.distributed.triton_cache import use_local_triton_cache
 
 
 def test_no_two_processes_of_a_node_share_a_folder(
@@ -18,7 +18,7 @@ def test_no_two_processes_of_a_node_share_a_folder(
     for rank in ("0", "1"):
         monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
         monkeypatch.setenv("LOCAL_RANK", rank)
-        use_local_kernel_cache()
+        use_local_triton_cache()
         folders.add(Path(os.environ["TRITON_CACHE_DIR"]))
     assert len(folders) == 2
     assert all(tmp_path in folder.parents for folder in folders)
@@ -26,5 +26,5 @@ def test_no_two_processes_of_a_node_share_a_folder(
 
 def test_a_folder_that_was_chosen_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", "/scratch/kernels")
-    use_local_kernel_cache()
+    use_local_triton_cache()
     assert os.environ["TRITON_CACHE_DIR"] == "/scratch/kernels"
